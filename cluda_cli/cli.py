@@ -1,0 +1,250 @@
+"""The commands: each parses, loads settings and calls one verb. Torch is imported inside commands only."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from cluda_cli import __version__, console
+from cluda_cli.errors import CludaError, EnvironmentProblem, Interrupted, SettingsError
+
+# \b keeps the line breaks of a paragraph in the help.
+EXAMPLES = """\b
+Examples:
+  cluda train --preset demo               adapt to embedded demo data
+  cluda prepare gta
+  cluda prepare cityscapes
+  cluda train --preset daformer-cluda     GTA5 -> Cityscapes, as in the paper
+  cluda eval --ckpt runs/demo/best.safetensors
+  cluda predict images/                   with the newest run's best weights
+
+Exit codes: 0 done, 1 the run failed, 2 usage or settings, 3 data,
+4 environment, 130 interrupted with state saved.
+"""
+
+
+class _Commands(TyperGroup):
+    """Turns every foreseeable failure into one clear message and its exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CludaError as problem:
+            failure = problem
+        except KeyboardInterrupt:
+            failure = Interrupted("interrupted")
+        except BrokenPipeError:
+            raise  # the reader of our output has gone; click exits quietly
+        except OSError as error:
+            failure = EnvironmentProblem(
+                error.strerror or str(error), error.filename or "", "check disk and permissions"
+            )
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch here
+                raise
+            remedy = "train with a smaller data.batch_size, data.crop or model.encoder; predict with --device cpu"
+            failure = EnvironmentProblem("out of memory on the GPU", "", remedy)
+        console.error(failure)
+        raise typer.Exit(failure.exit_code)
+
+
+app = typer.Typer(
+    name="cluda",
+    cls=_Commands,
+    help="Adapt a semantic-segmentation network from a labelled domain to an unlabelled one.",
+    epilog=EXAMPLES,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Presets = Annotated[
+    list[str] | None, typer.Option("--preset", help="Preset name or file; repeat to lay one over another.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any setting; repeatable.")
+]
+DataRoot = Annotated[Path | None, typer.Option("--data-root", help="Folder of the datasets.  [default: data]")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
+Checkpoint = Annotated[Path, typer.Option("--ckpt", help="Weights of a run: best.safetensors or last.safetensors.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        console.result(f"cluda {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def prepare(
+    dataset: Annotated[
+        str, typer.Argument(help="gta, synthia, cityscapes, camvid, acdc, dark-zurich, demo, or a TOML description.")
+    ],
+    data_root: DataRoot = None,
+    check: Annotated[bool, typer.Option("--check", help="Only look and report; write nothing.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out what is wrong instead of refusing.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes.  [default: one per core]")] = None,
+) -> None:
+    """Check a dataset, map its labels to train ids and index it."""
+    from cluda_cli.prepare import prepare
+
+    prepare(dataset, data_root or Path("data"), check=check, skip_bad=skip_bad, workers=workers)
+
+
+@app.command()
+def train(
+    preset: Presets = None,
+    source: Annotated[str | None, typer.Option(help="Labelled dataset.  [default: gta]")] = None,
+    target: Annotated[str | None, typer.Option(help="Unlabelled dataset.  [default: cityscapes]")] = None,
+    data_root: DataRoot = None,
+    run: Annotated[Path | None, typer.Option(help="Folder of the run.  [default: runs/<presets>]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in the folder, or the newest run.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    set_: Overrides = None,
+) -> None:
+    """Adapt a network from the source to the target domain."""
+    if resume and overwrite:
+        raise SettingsError("--resume and --overwrite exclude each other", "train", "give one of them")
+    from cluda_cli import presets
+
+    named: dict[str, dict[str, Any]] = {
+        "data": {"source": source, "target": target, "root": str(data_root) if data_root else None},
+        "training": {"seed": seed, "steps": steps, "device": device},
+    }
+    options = {section: {k: v for k, v in values.items() if v is not None} for section, values in named.items()}
+    folder = run or _default_folder(preset or [], resume)
+    if resume:
+        settings = presets.resume(folder, preset or [], options, set_ or [])
+    else:
+        settings = presets.load(preset or [], options, set_ or [])
+
+    from cluda_cli.train import train
+
+    train(settings, folder, resume=resume, overwrite=overwrite)
+
+
+def _default_folder(preset: list[str], resume: bool) -> Path:
+    """runs/<presets joined>, or, to resume without naming anything, the newest run."""
+    runs = Path("runs")
+    if preset or not resume:
+        return runs / ("-".join(Path(name).stem for name in preset) or "defaults")
+    saved = sorted(runs.glob("*/resume/state.pt"), key=lambda path: path.stat().st_mtime)
+    if not saved:
+        raise SettingsError("no run to resume", runs, "name one with --run")
+    return saved[-1].parent.parent
+
+
+@app.command("pseudo-label")
+def pseudo_label(
+    ckpt: Checkpoint,
+    dataset: Annotated[str | None, typer.Option(help="Prepared dataset.  [default: the run's target]")] = None,
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
+    out: Annotated[Path | None, typer.Option(help="Folder.  [default: pseudo-labels/... beside the weights]")] = None,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Less confident pixels become 255; 0 keeps all.")
+    ] = 0.968,
+    per_class: Annotated[
+        bool, typer.Option("--per-class", help="Threshold of a class: its median confidence, at most 0.9.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier pseudo-labels there.")] = False,
+    data_root: DataRoot = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Label the target with a trained network; the result is a dataset that `train --source` accepts."""
+    from cluda_cli.pseudo_label import pseudo_label
+
+    pseudo_label(
+        ckpt,
+        dataset=dataset,
+        split=split,
+        out=out,
+        threshold=threshold,
+        per_class=per_class,
+        overwrite=overwrite,
+        data_root=data_root,
+        device=device,
+        as_json=as_json,
+    )
+
+
+@app.command("eval")
+def evaluate(
+    ckpt: Checkpoint,
+    dataset: Annotated[str | None, typer.Option(help="Prepared dataset.  [default: the run's target]")] = None,
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "val",
+    data_root: DataRoot = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+    confusion: Annotated[Path | None, typer.Option(help="Also write the confusion matrix to this JSON file.")] = None,
+) -> None:
+    """IoU per class and protocol (19/16/13) on labelled images."""
+    from cluda_cli.evaluate import evaluate
+
+    evaluate(
+        ckpt, dataset=dataset, split=split, data_root=data_root, device=device, as_json=as_json, confusion=confusion
+    )
+
+
+@app.command()
+def predict(
+    images: Annotated[list[str], typer.Argument(help="Files, folders or globs.")],
+    ckpt: Annotated[Path | None, typer.Option("--ckpt", help="Weights.  [default: the newest run's best]")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("predictions"),
+    output: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="train-id, label-id, color, overlay, confidence; repeatable.  [default: train-id, color, overlay]"
+        ),
+    ] = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Segment pictures of any size."""
+    from cluda_cli.predict import newest_checkpoint, predict
+
+    checkpoint = ckpt or newest_checkpoint(Path("runs"))
+    outputs = output or ["train-id", "color", "overlay"]
+    predict(images, checkpoint=checkpoint, out=out, outputs=outputs, device=device, as_json=as_json)
+
+
+@app.command("presets")
+def show_presets(
+    action: Annotated[str, typer.Argument(help="list or show")] = "list",
+    name: Annotated[list[str] | None, typer.Argument(help="Presets or files to resolve, left to right.")] = None,
+    set_: Overrides = None,
+) -> None:
+    """List the presets, or print the resolved settings of some as TOML with differences from the defaults marked."""
+    from cluda_cli import presets
+
+    if action == "list" and not name:
+        width = max(map(len, presets.names()))
+        for preset in presets.names():
+            console.result(f"{preset:<{width}}  {' '.join(presets.header(preset)[:1])}")
+    elif action == "show":
+        console.result(presets.to_toml(presets.load(name or [], None, set_ or [])).rstrip())
+    else:
+        raise SettingsError(
+            f'"{action}" is neither list nor show', "presets", "try `cluda presets show daformer-cluda`"
+        )
+
+
+def main() -> None:
+    """Entry point of the `cluda` command."""
+    app(prog_name="cluda")

@@ -1,0 +1,147 @@
+"""One place for all talk: results go to stdout, everything else to stderr; no colour or bars where they do not belong.
+
+Rich honours NO_COLOR, FORCE_COLOR and TERM=dumb by itself. Rich is imported late to keep `cluda --help` fast.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from cluda_cli.errors import CludaError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+T = TypeVar("T")
+PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal
+
+
+def stderr() -> "Console":
+    """A fresh console, so that redirection of sys.stderr (tests, notebooks) is respected."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def stdout() -> "Console":
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def info(text: str) -> None:
+    """One line of talk."""
+    stderr().print(text, markup=False)
+
+
+def warn(text: str) -> None:
+    """Something works, but not as the user may think."""
+    stderr().print(f"warning: {text}", style="yellow", markup=False)
+
+
+def error(problem: CludaError) -> None:
+    """What is wrong, where, and what to do."""
+    where = f"{problem.where}: " if problem.where else ""
+    stderr().print(f"error: {where}{problem.what}", style="bold red", markup=False)
+    if problem.remedy:
+        stderr().print(f"  {problem.remedy}", markup=False)
+
+
+def result(text: str) -> None:
+    """One line of a result, never wrapped or styled."""
+    sys.stdout.write(text + "\n")
+
+
+def result_json(value: Any) -> None:
+    """A result for scripts."""
+    result(json.dumps(value, indent=2, allow_nan=False))
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> "Table":
+    """A table whose first column is text and whose others are right-aligned numbers."""
+    from rich import box
+    from rich.table import Table
+
+    built = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left")
+    for i, column in enumerate(columns):
+        built.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0)
+    for row in rows:
+        built.add_row(*row)
+    return built
+
+
+def result_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table to stdout."""
+    stdout().print(table(title, columns, rows))
+
+
+class Progress:
+    """Progress with remaining time: a bar on a terminal, a plain line every few seconds elsewhere."""
+
+    def __init__(self, what: str, total: int, done: int = 0) -> None:
+        self.what, self.total, self.done, self.note = what, total, done, ""
+        self._first, self._began, self._printed = done, time.monotonic(), time.monotonic()
+        self._bar: Any = None
+
+    def __enter__(self) -> "Progress":
+        if sys.stderr.isatty():
+            from rich import progress
+
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn(),
+                progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[note]}"),
+                console=stderr(), transient=True,
+            )  # fmt: skip
+            self._bar.start()
+            self._task = self._bar.add_task(self.what, total=self.total, completed=self.done, note="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def advance(self, note: str = "") -> None:
+        """One unit done; `note` says what a reader wants to know meanwhile, such as the loss."""
+        self.done += 1
+        self.note = note or self.note
+        if self._bar:
+            self._bar.update(self._task, advance=1, note=self.note)
+        elif time.monotonic() - self._printed > PLAIN_INTERVAL:
+            self._printed = time.monotonic()
+            info(f"{self.what} {self.done}/{self.total}, {duration(self.seconds_left())} left {self.note}".rstrip())
+
+    def seconds_left(self) -> float:
+        """Estimate from the mean speed so far."""
+        elapsed = time.monotonic() - self._began
+        return elapsed / max(self.done - self._first, 1) * (self.total - self.done)
+
+
+def track(items: Sequence[T], what: str) -> Iterator[T]:
+    """Iterate with progress."""
+    with Progress(what, len(items)) as progress:
+        for item in items:
+            yield item
+            progress.advance()
+
+
+@contextmanager
+def quiet_interrupt() -> Iterator[None]:
+    """Turn Ctrl-C in a command without state of its own into the documented exit code."""
+    from cluda_cli.errors import Interrupted
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted") from None
+
+
+def duration(seconds: float) -> str:
+    """1 h 02 min, 3 min 20 s, 12 s."""
+    whole = int(seconds + 0.5)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"

@@ -1,0 +1,207 @@
+"""Find, merge and override presets: defaults < presets left to right < named options < `--set`, validated once."""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from cluda_cli import console
+from cluda_cli.errors import SettingsError
+from cluda_cli.settings import Settings
+
+_PACKAGE = Path(__file__).parent
+# A wheel carries the presets inside the package; a source checkout has them beside it.
+FOLDER = _PACKAGE / "presets" if (_PACKAGE / "presets").is_dir() else _PACKAGE.parent / "presets"
+
+
+def names() -> list[str]:
+    """Names of the shipped presets."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def find(name: str) -> Path:
+    """A shipped preset by name, or a TOML or JSON file by path. Raises SettingsError with the nearest names."""
+    if name in names():
+        return FOLDER / f"{name}.toml"
+    path = Path(name)
+    if path.suffix in {".toml", ".json"}:
+        if path.is_file():
+            return path
+        raise SettingsError("no such preset file", path)
+    raise SettingsError(
+        f'no preset "{name}"', "--preset", _did_you_mean(name, names()) + f"known: {', '.join(names())}"
+    )
+
+
+def header(name: str) -> list[str]:
+    """The comment lines at the top of a preset, without `#`."""
+    lines = []
+    for line in find(name).read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.lstrip("#").strip())
+    return lines
+
+
+def read(name: str) -> dict[str, Any]:
+    """The plain tree of one preset, not validated. Raises SettingsError for a file that does not parse."""
+    path = find(name)
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (ValueError, OSError) as error:
+        raise SettingsError(f"cannot be read: {error}", path) from error
+    if not isinstance(tree, dict):
+        raise SettingsError("a preset is a table of settings", path)
+    return tree
+
+
+def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """Deep-merge two plain trees; `top` wins."""
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
+    return merged
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`a.b=3` -> {"a": {"b": 3}}; the right side is a TOML value, else a bare string."""
+    path, equals, raw = text.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise SettingsError(f'"{text}" is not of the form section.key=value', "--set")
+    try:
+        value: Any = tomllib.loads(f"value = {raw}")["value"]
+    except (tomllib.TOMLDecodeError, KeyError):
+        value = raw.strip()
+    for key in reversed(keys):
+        value = {key: value}
+    tree: dict[str, Any] = value
+    return tree
+
+
+def load(presets: Sequence[str] = (), options: dict[str, Any] | None = None, overrides: Sequence[str] = ()) -> Settings:
+    """Resolve all layers to validated settings. Raises SettingsError that lists every problem at once."""
+    tree: dict[str, Any] = {}
+    for name in presets:
+        tree = merge(tree, read(name))
+    tree = merge(tree, options or {})
+    for text in overrides:
+        tree = merge(tree, parse_override(text))
+    return validate(tree)
+
+
+def resume(folder: Path, presets: Sequence[str], options: dict[str, Any], overrides: Sequence[str]) -> Settings:
+    """Settings of an existing run, with what the command line changes laid over them and announced."""
+    saved = folder / "settings.json"
+    if not saved.is_file():
+        raise SettingsError("no run to resume here", folder, "name the run's folder with --run")
+    before = load([str(saved)])
+    after = load([str(saved), *presets], options, overrides)
+    old, new = flatten(before.model_dump(mode="json")), flatten(after.model_dump(mode="json"))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            console.warn(f"resuming with another {key}: {old.get(key)} -> {new.get(key)}")
+    return after
+
+
+def validate(tree: dict[str, Any]) -> Settings:
+    """Settings from a plain tree. Raises SettingsError with one line per problem, dotted path first."""
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        raise SettingsError("\n".join(_explain(problem) for problem in error.errors())) from error
+
+
+def differences(settings: Settings) -> dict[str, tuple[Any, Any]]:
+    """Dotted path -> (default, value) of every setting that differs from its default."""
+    default, value = flatten(Settings().model_dump(mode="json")), flatten(settings.model_dump(mode="json"))
+    keys = [*value, *(key for key in default if key not in value)]
+    return {key: (default.get(key), value.get(key)) for key in keys if default.get(key) != value.get(key)}
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted path -> plain value."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def to_toml(settings: Settings) -> str:
+    """The resolved settings as a TOML preset; a value that differs from the default is marked with its default."""
+    changed = differences(settings)
+    lines: list[str] = []
+    _dump(settings.model_dump(mode="json"), "", changed, lines)
+    return "\n".join(lines).strip() + "\n"
+
+
+def _dump(tree: dict[str, Any], path: str, changed: dict[str, tuple[Any, Any]], lines: list[str]) -> None:
+    """Append one table: its plain values first, then its subtables."""
+    if path:
+        lines += ["", f"[{path}]"]
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            continue
+        dotted = f"{path}.{key}" if path else key
+        mark = ""
+        if dotted in changed:
+            default = changed[dotted][0]
+            mark = "  # default: unset" if default is None else f"  # default: {json.dumps(default)}"
+        if value is None:
+            # TOML has no null: an optional part is false when off, any other unset value is left out.
+            if _is_switch(dotted):
+                lines.append(f"{key} = false{'  # default: on' if _on_by_default(dotted) else mark}")
+            else:
+                lines.append(f"# {key} is unset")
+            continue
+        lines.append(f"{key} = {json.dumps(value)}{mark}")
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            _dump(value, f"{path}.{key}" if path else key, changed, lines)
+
+
+def _default_at(dotted: str) -> Any:
+    value: Any = Settings()
+    for key in dotted.split("."):
+        value = getattr(value, key)
+    return value
+
+
+def _on_by_default(dotted: str) -> bool:
+    return isinstance(_default_at(dotted), BaseModel)
+
+
+def _is_switch(dotted: str) -> bool:
+    """Whether null at this path can be written as `false`."""
+    return dotted not in {"data.target_margins", "data.rare_class.min_pixels", "objectives.feature_distance.classes"}
+
+
+def _explain(problem: Any) -> str:
+    """One line for one pydantic error, with a suggestion for a misspelt key."""
+    location = tuple(str(part) for part in problem["loc"] if not str(part).startswith("function-"))
+    path = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        return f"{path}: no such setting{_suggestion(location)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{path}: {message}, got {problem['input']!r}" if path else message
+
+
+def _suggestion(location: tuple[str, ...]) -> str:
+    """ ", did you mean ..." from the fields of the section in which an unknown key stands."""
+    section: Any = Settings()
+    for key in location[:-1]:
+        section = getattr(section, key, None)
+    fields = list(type(section).model_fields) if isinstance(section, BaseModel) else []
+    close = _did_you_mean(location[-1], fields, prefix=".".join(location[:-1]))
+    return f"; {close.rstrip('; ')}" if close else f"; known: {', '.join(fields)}" if fields else ""
+
+
+def _did_you_mean(name: str, choices: Sequence[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
+    return f"did you mean {prefix + '.' if prefix else ''}{close[0]}?; " if close else ""

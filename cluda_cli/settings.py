@@ -1,0 +1,287 @@
+"""Every knob of cluda: typed, documented, frozen. Imports no torch, so `cluda --help` stays instant.
+
+The string under a field is its documentation, its JSON-schema description and its entry in docs/settings.md.
+Defaults are the values of the papers (CLUDA on DAFormer, GTA5 -> Cityscapes), so presets only name what differs.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+T = TypeVar("T")
+# `false` switches an optional table off; an empty table switches it on with its defaults.
+Optional = Annotated[T | None, BeforeValidator(lambda value: None if value is False else value)]
+Size = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+Margins = tuple[
+    Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]
+]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RareClass(Section):
+    """Rare-class sampling of source images (DAFormer, section 3.3)."""
+
+    temperature: float = Field(0.01, gt=0)
+    """Softmax temperature over (1 - class frequency); large values draw all classes equally often."""
+    min_pixels: int | None = Field(None, ge=0)
+    """An image is drawn for a class only if it holds more pixels of it, at original size; unset: 1.14 % of the crop."""
+    min_crop_ratio: float = Field(0.5, ge=0)
+    """A crop is redrawn, up to ten times, until it holds more than min_pixels times this of the drawn class."""
+
+    def image_pixels(self, crop: tuple[int, int]) -> int:
+        """Pixels of a class above which an image is drawn for it: the papers' 3000 for a crop of 512 x 512."""
+        return self.min_pixels if self.min_pixels is not None else round(3000 * crop[0] * crop[1] / 512**2)
+
+
+class Data(Section):
+    """What is trained on."""
+
+    source: str = "gta"
+    """Labelled dataset: the name of a prepared dataset, or a folder that holds an index.json."""
+    target: str = "cityscapes"
+    """Unlabelled dataset: a name or folder as for the source; its labels serve validation only."""
+    root: Path = Path("data")
+    """Folder of the datasets; prepared ones lie in its subfolder `prepared`."""
+    crop: Size = (512, 512)
+    """Training crop, height x width, pixels."""
+    source_box: Optional[Size] = (720, 1280)
+    """Source images are resized, keeping their shape, to fit this box (in either orientation); false keeps the size."""
+    target_box: Optional[Size] = (512, 1024)
+    """The same for target images, in training, evaluation and prediction."""
+    batch_size: int = Field(2, ge=1)
+    """Images per domain in one step."""
+    workers: int = Field(2, ge=0)
+    """Loader processes; 0 loads in the training process."""
+    max_class_share: float = Field(0.75, gt=0, le=1)
+    """A source crop is redrawn, up to ten times, while one class covers this share of its labelled pixels or more."""
+    rare_class: Optional[RareClass] = RareClass()
+    """Rare-class sampling; false draws source images uniformly."""
+    target_margins: Margins | None = None
+    """Top, bottom, left, right bands of the original target frame without pseudo-labels; unset: the dataset's own."""
+
+
+class Decoder(Section):
+    """The DAFormer decoder (DAFormer, section 3.2)."""
+
+    embed_dim: int = Field(256, ge=1)
+    """Channels to which every encoder map is brought before fusion."""
+    channels: int = Field(256, ge=1)
+    """Channels of the fused feature, which the classifier and the contrast read."""
+    dilations: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 6, 12, 18), min_length=1)
+    """Dilation of each branch of the fusion layer."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Share of fused channels dropped before the classifier while training."""
+
+
+class Model(Section):
+    """The network."""
+
+    encoder: str = "mit_b5"
+    """mit_b0 ... mit_b5, or any timm model with feature maps at strides 4, 8, 16 and 32."""
+    weights: str | Literal[False] = "imagenet"
+    """Encoder weights: "imagenet" (published ones, fetched once), a file, "hf-hub:owner/name@revision", or false."""
+    drop_path: float = Field(0.1, ge=0, lt=1)
+    """Largest stochastic-depth rate of the encoder, where it has any."""
+    freeze_batch_norm: bool = False
+    """Keep the statistics and the affine parameters of the encoder's batch norms as loaded."""
+    decoder: Decoder = Decoder()
+
+
+class Teacher(Section):
+    """The moving-average teacher and its pseudo-labels (DACS)."""
+
+    decay: float = Field(0.999, ge=0, lt=1)
+    """Cap of the moving-average decay; the decay rises to it as 1 - 1/(step + 1)."""
+    confidence: float = Field(0.968, ge=0, le=1)
+    """The weight of pseudo-labels is the share of pixels whose probability is at least this."""
+
+
+class Mixing(Section):
+    """Strong augmentation of class-mixed images (DACS)."""
+
+    jitter_probability: float = Field(0.8, ge=0, le=1)
+    """Chance that the images of a step are colour-jittered."""
+    jitter_strength: float = Field(0.2, ge=0, le=0.5)
+    """Range of brightness, contrast and saturation around 1, and of hue around 0 in turns."""
+    blur_probability: float = Field(0.5, ge=0, le=1)
+    """Chance that the images of a step are blurred."""
+    blur_sigma: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.15, 1.15)
+    """Range of the standard deviation of the blur, pixels."""
+
+
+class Objective(Section):
+    """What every objective has."""
+
+    weight: float = Field(1.0, ge=0)
+    """Factor of the term in the total loss."""
+    start: int = Field(0, ge=0)
+    """First step at which the term is active."""
+
+
+class FeatureDistance(Objective):
+    """Distance of thing-class features to the frozen pretrained encoder (DAFormer, section 3.3)."""
+
+    weight: float = Field(0.005, ge=0)
+    """Factor of the term in the total loss."""
+    classes: tuple[str, ...] | None = None
+    """Names of the classes it acts on; unset: the countable classes of the source."""
+    min_share: float = Field(0.75, gt=0, le=1)
+    """A feature cell counts if one such class covers at least this share of its pixels."""
+
+
+class PixelContrast(Objective):
+    """Pixel-to-pixel contrast of fused features within and across domains (CLUDA)."""
+
+    temperature: float = Field(1.0, ge=0.02)
+    """Divisor of the cosine similarity."""
+    size: int = Field(65, ge=2)
+    """Side of the grid to which features are resized; a smaller feature map keeps its own size."""
+
+
+class Objectives(Section):
+    """The terms of the loss."""
+
+    source: Objective = Objective()
+    """Cross-entropy on labelled source images."""
+    mixed: Optional[Objective] = Objective()
+    """Cross-entropy on class-mixed images with pseudo-labels; false switches it off."""
+    feature_distance: Optional[FeatureDistance] = FeatureDistance()
+    """Distance to the pretrained encoder on source images; false switches it off."""
+    pixel_contrast: Optional[PixelContrast] = PixelContrast()
+    """Contrast on source images and, if `mixed` is on, on mixed images; false switches it off."""
+
+
+class Optimizer(Section):
+    """AdamW with linear warm-up and polynomial decay."""
+
+    lr: float = Field(6e-5, gt=0)
+    """Learning rate of the encoder."""
+    decoder_lr_factor: float = Field(10.0, gt=0)
+    """The decoder learns this many times faster."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled weight decay; encoder norms of transformers have none."""
+    warmup: int = Field(1500, ge=0)
+    """Steps over which the learning rate rises linearly."""
+    warmup_ratio: float = Field(1e-6, gt=0, le=1)
+    """Share of the learning rate at the first step of the warm-up."""
+    power: float = Field(1.0, ge=0)
+    """Exponent of the polynomial decay to zero."""
+
+
+class Training(Section):
+    """The run."""
+
+    steps: int = Field(40_000, ge=1)
+    """Optimizer steps."""
+    seed: int = Field(0, ge=0)
+    """Seed of everything random."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps; auto takes a GPU when there is one."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 runs the networks under autocast on a GPU; losses stay in float32, and a CPU ignores it."""
+    compile: bool = False
+    """Compile the student with torch.compile on a GPU; a CPU ignores it."""
+    log_every: int = Field(50, ge=1)
+    """Steps between lines of metrics.jsonl."""
+    validate_every: int = Field(4000, ge=1)
+    """Steps between validations; the last step always validates."""
+    save_every: int = Field(1000, ge=1)
+    """Steps between saves of the resumable state."""
+    pictures_every: int = Field(1000, ge=0)
+    """Steps between pictures of the views and predictions; 0 makes none."""
+
+
+class Evaluation(Section):
+    """Inference in validation, `eval`, `predict` and `pseudo-label`."""
+
+    network: Literal["student", "teacher"] = "student"
+    """Which network is validated and saved as best and last weights."""
+    mode: Literal["whole", "slide"] = "whole"
+    """Run the network on the whole image, or on overlapping windows whose logits are averaged."""
+    window: Size = (1024, 1024)
+    """Sliding window, height x width, pixels of the resized image."""
+    stride: Size = (512, 512)
+    """Steps between windows, vertical x horizontal, pixels."""
+
+
+class Settings(Section):
+    """The whole tree."""
+
+    data: Data = Data()
+    model: Model = Model()
+    teacher: Teacher = Teacher()
+    mixing: Mixing = Mixing()
+    objectives: Objectives = Objectives()
+    optimizer: Optimizer = Optimizer()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tables(cls, value: Any) -> Any:
+        for name in cls.model_fields if isinstance(value, dict) else ():
+            if name in value and not isinstance(value[name], dict | Section):
+                raise ValueError(f"{name} is a table of settings; set one of its keys, as in {name}.key=value")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Settings":
+        problems = []
+        if self.objectives.feature_distance and self.model.weights is False:
+            problems.append(
+                "objectives.feature_distance needs pretrained weights, but model.weights is false; "
+                "set objectives.feature_distance=false or give weights"
+            )
+        if any(stride > window for stride, window in zip(self.evaluation.stride, self.evaluation.window, strict=True)):
+            problems.append("evaluation.stride is larger than evaluation.window, which leaves gaps between windows")
+        if self.mixing.blur_sigma[0] > self.mixing.blur_sigma[1]:
+            problems.append("mixing.blur_sigma must be (smallest, largest)")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+def reference_markdown() -> str:
+    """The contents of docs/settings.md: every setting with its type, default and documentation."""
+    lines = ["# Settings", "", "Generated from `cluda_cli/settings.py`; a test keeps the two equal.", ""]
+    lines += ["Set one with `--set section.key=value`, or in a TOML preset given with `--preset FILE`.", ""]
+    for name, field in Settings.model_fields.items():
+        lines += _section_markdown(name, field.default)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _section_markdown(path: str, section: Section) -> list[str]:
+    """Heading, table of plain values, then the subsections of one section."""
+    lines = [f"## {path}", "", (type(section).__doc__ or "").strip(), "", "| setting | default | meaning |"]
+    lines += ["|---|---|---|"]
+    nested = []
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            nested += _section_markdown(f"{path}.{name}", value)
+            if not field.description:
+                continue
+            shown = "on"
+        else:
+            shown = _toml(value)
+        lines.append(f"| `{path}.{name}` | `{shown}` | {field.description} |")
+    return lines + [""] + nested
+
+
+def _toml(value: object) -> str:
+    """A default as a user would write it; None is an unset value."""
+    if value is None:
+        return "unset"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    return f'"{value}"' if isinstance(value, str | Path) else str(value)
+
+
+if __name__ == "__main__":
+    print(reference_markdown(), end="")

@@ -1,0 +1,107 @@
+"""Fixtures shared by all tests."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cluda_cli import presets
+from cluda_cli.data.index import Index, Item
+from cluda_cli.data.labels import CITYSCAPES, IGNORE, ClassTable
+from cluda_cli.models.segmenter import Segmenter
+from cluda_cli.settings import Settings
+
+GOLDEN = Path(__file__).parent / "golden"
+Golden = Callable[[str], tuple[dict[str, Tensor], dict[str, Any]]]
+
+
+@pytest.fixture
+def golden() -> Golden:
+    """Load the vectors measured on a reference implementation: `golden("group/case")` -> tensors, description.
+
+    Small files are part of the project; the full set is looked for in the folder that CLUDA_GOLDEN names.
+    """
+
+    def load(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        folders = [GOLDEN, *([Path(os.environ["CLUDA_GOLDEN"])] if os.environ.get("CLUDA_GOLDEN") else [])]
+        for folder in folders:
+            description = folder / f"{name}.json"
+            if description.is_file():
+                tensors = folder / f"{name}.safetensors"
+                return (load_file(tensors) if tensors.is_file() else {}), json.loads(description.read_text())
+        pytest.skip(f"{name} is not among the committed vectors and CLUDA_GOLDEN does not hold it")
+
+    return load
+
+
+@pytest.fixture(autouse=True)
+def _few_threads() -> None:
+    """Tiny tensors are slower on many threads."""
+    torch.set_num_threads(1)
+
+
+TINY_CLASSES = ClassTable(tuple(c for c in CITYSCAPES if c.name in {"road", "building", "sky", "person", "car"}))
+TINY_SIZE = (48, 80)
+
+
+def write_dataset(data_root: Path, name: str, seed: int, *, labelled_train: bool = True, images: int = 4) -> Index:
+    """A prepared dataset of noisy colour blocks: `images` for training and two for validation."""
+    draw = np.random.default_rng(seed)
+    root, folder = data_root / name, data_root / "prepared" / name
+    colors = np.array([c.color for c in TINY_CLASSES.classes], dtype=np.int64)
+    splits = {}
+    for split, count in (("train", images), ("val", 2)):
+        items = []
+        for i in range(count):
+            blocks = draw.integers(0, len(TINY_CLASSES), (6, 10))
+            label = blocks.repeat(8, axis=0).repeat(8, axis=1).astype(np.uint8)
+            image = (colors[label] + draw.integers(-20, 21, (*TINY_SIZE, 3)) + 20 * seed).clip(0, 255).astype(np.uint8)
+            label[:3] = IGNORE
+            (root / split).mkdir(parents=True, exist_ok=True)
+            (folder / "labels" / split).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(root / split / f"{i}.png")
+            Image.fromarray(label).save(folder / "labels" / split / f"{i}.png")
+            pixels = {int(c): int(n) for c, n in zip(*np.unique(label, return_counts=True), strict=True) if c != IGNORE}
+            has_label = labelled_train or split == "val"
+            path = f"labels/{split}/{i}.png" if has_label else None
+            items.append(Item(f"{split}/{i}.png", path, TINY_SIZE, pixels if has_label else {}))
+        splits[split] = tuple(items)
+    index = Index(name, folder, root, TINY_CLASSES, splits)
+    index.save()
+    return index
+
+
+@pytest.fixture
+def tiny_data(tmp_path: Path) -> Path:
+    """A data root with the prepared datasets `clean` (labelled) and `noisy` (labels for validation only)."""
+    write_dataset(tmp_path / "data", "clean", seed=1)
+    write_dataset(tmp_path / "data", "noisy", seed=2, labelled_train=False)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def tiny_settings(tiny_data: Path, tmp_path: Path) -> Settings:
+    """Every objective on, with encoder weights from a file, at a size that takes a few steps a second."""
+    settings = presets.load(["daformer-cluda"], {
+        "data": {"source": "clean", "target": "noisy", "root": str(tiny_data), "crop": [32, 48],
+                 "source_box": False, "target_box": False, "workers": 0},
+        "model": {"encoder": "mobilenetv2_050", "weights": str(tmp_path / "encoder.safetensors"),
+                  "decoder": {"embed_dim": 8, "channels": 8}},
+        "optimizer": {"lr": 1e-3, "decoder_lr_factor": 1.0, "warmup": 2},
+        "training": {"steps": 6, "validate_every": 4, "save_every": 2, "log_every": 1, "pictures_every": 3,
+                     "device": "cpu"},
+        "objectives": {"feature_distance": {"min_share": 0.3}},
+    })  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = Segmenter(settings.model, 5).encoder
+    save_file(encoder.state_dict(), tmp_path / "encoder.safetensors")
+    return settings

@@ -1,0 +1,49 @@
+"""The rooms of the package import downward only, and help is answered without torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "cluda_cli"
+# Lower number = lower room. A module may import its own room and lower ones.
+ROOMS = {
+    "errors": 0, "files": 0, "seeds": 0, "settings": 0, "console": 0, "presets": 1,
+    "data": 2, "models": 3, "adaptation": 4, "objectives": 4, "engine": 5,
+    "prepare": 6, "evaluate": 6, "predict": 6, "pseudo_label": 6, "train": 7, "cli": 8, "__main__": 9, "__init__": 0,
+}  # fmt: skip
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_point_downward(path):
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "cluda_cli":
+            parts = node.module.split(".")[1:]
+            imported |= {parts[0]} if parts else {alias.name for alias in node.names}
+    imported.discard("__version__")
+    too_high = {name for name in imported if ROOMS[name] > ROOMS[room(path)]}
+    assert not too_high
+
+
+@pytest.mark.parametrize("module", ["cli", "settings", "presets", "console", "errors", "data.labels", "data.index"])
+def test_help_needs_no_torch(module):
+    code = f"import sys, cluda_cli.{module}; assert not {{'torch', 'timm', 'numpy'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_functions_stay_short():
+    long = [
+        f"{path.name}:{node.lineno} {node.name}"
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno > 80
+    ]
+    assert not long

@@ -1,0 +1,165 @@
+"""The command line: exact output, exit codes, and what each command hands to its verb."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cluda_cli import __version__, presets
+from cluda_cli.cli import app
+
+run = CliRunner().invoke
+
+
+def test_no_arguments_print_help_with_examples():
+    result = run(app, [])
+    assert "Examples:\n    cluda train --preset demo " in result.output
+    assert "130 interrupted with state saved" in result.output
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+@pytest.mark.parametrize("command", ["prepare", "train", "pseudo-label", "eval", "predict", "presets"])
+def test_every_command_has_both_helps(command, flag):
+    result = run(app, [command, flag])
+    assert result.exit_code == 0
+    assert result.output.startswith(f"Usage: root {command} [OPTIONS]") or f" {command} [OPTIONS]" in result.output
+
+
+def test_version():
+    assert run(app, ["--version"]).output == f"cluda {__version__}\n"
+
+
+@pytest.mark.slow
+def test_help_is_quick():
+    """Without torch this takes a tenth of a second; with it several. Not a benchmark: a wide bound on the best of 3."""
+    times = []
+    for _ in range(3):
+        began = time.monotonic()
+        subprocess.run([sys.executable, "-m", "cluda_cli", "--help"], check=True, capture_output=True)
+        times.append(time.monotonic() - began)
+    assert min(times) < 1.5
+
+
+def test_presets_are_listed_with_their_first_line():
+    result = run(app, ["presets"])
+    assert result.exit_code == 0
+    assert [line.split()[0] for line in result.stdout.splitlines()] == presets.names()
+    assert run(app, ["presets", "list"]).stdout == result.stdout
+
+
+def test_shown_settings_go_to_stdout_and_are_a_preset(tmp_path):
+    result = run(app, ["presets", "show", "dacs", "small", "--set", "training.seed=3"])
+    assert result.stderr == ""
+    shown = tmp_path / "shown.toml"
+    shown.write_text(result.stdout)
+    assert presets.load([str(shown)]) == presets.load(["dacs", "small"], None, ["training.seed=3"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["train", "--preset", "dafromer"], 2, 'error: --preset: no preset "dafromer"\n  did you mean daformer?'),
+        (
+            ["train", "--set", "training.step=3"],
+            2,
+            "error: training.step: no such setting; did you mean training.steps?",
+        ),
+        (["train", "--resume", "--overwrite"], 2, "error: train: --resume and --overwrite exclude each other"),
+        (["train", "--resume"], 2, "error: runs: no run to resume\n  name one with --run"),
+        (["train", "--resume", "--run", "nowhere"], 2, "error: nowhere: no run to resume here"),
+        (
+            ["train"],
+            3,
+            'error: data/prepared: dataset "gta" is not prepared\n  run `cluda prepare gta --data-root data`',
+        ),
+        (["train", "--device", "cuda:7"], 4, 'error: training.device: device "cuda:7" cannot be used'),
+        (["train", "--device", "toaster"], 4, 'error: training.device: device "toaster" cannot be used'),
+        (["eval", "--ckpt", "none.safetensors"], 3, "error: none.safetensors: no such weights file"),
+        (["predict", "images"], 3, "error: runs: "),
+        (["predict", "images", "--ckpt", "none.safetensors"], 3, "error: images: no such file or folder"),
+        (["pseudo-label", "--ckpt", "none.safetensors"], 3, "error: none.safetensors: no such weights file"),
+        (["prepare", "gta"], 3, "error: "),
+        (["prepare", "nosuch"], 2, "error: "),
+        (["presets", "shwo"], 2, 'error: presets: "shwo" is neither list nor show'),
+    ],
+)
+def test_failures_are_one_clear_message_with_their_exit_code(arguments, code, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(app, arguments)
+    assert result.stderr.startswith(message), result.stderr
+    assert result.exit_code == code
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["trian"], ["train", "--stepz", "3"], ["eval"], ["train", "--steps", "many"]])
+def test_wrong_usage_exits_2(arguments):
+    assert run(app, arguments).exit_code == 2
+
+
+def test_named_options_lie_between_presets_and_overrides(monkeypatch, tmp_path):
+    seen = {}
+    monkeypatch.setattr(
+        "cluda_cli.train.train", lambda settings, folder, **flags: seen.update(s=settings, f=folder, **flags)
+    )
+    arguments = [
+        "train",
+        "--preset",
+        "dacs",
+        "--preset",
+        "small",
+        "--source",
+        "synthia",
+        "--target",
+        "acdc",
+        "--seed",
+        "5",
+    ]
+    arguments += ["--data-root", str(tmp_path), "--steps", "9", "--device", "cpu", "--set", "training.steps=8"]
+    assert run(app, arguments).exit_code == 0
+    settings = seen["s"]
+    assert (settings.data.source, settings.data.target, settings.data.root) == ("synthia", "acdc", tmp_path)
+    assert (settings.training.seed, settings.training.steps, settings.training.device) == (5, 8, "cpu")
+    assert (settings.teacher.decay, settings.data.crop) == (0.99, (240, 320))
+    assert (seen["f"], seen["resume"], seen["overwrite"]) == (Path("runs/dacs-small"), False, False)
+
+
+def test_an_unforeseen_runtime_error_is_not_swallowed(monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("cluda_cli.train.train", fail)
+    assert isinstance(run(app, ["train"]).exception, RuntimeError)
+
+
+def test_a_full_disk_is_an_environment_problem(monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise OSError(28, "No space left on device", "runs/x/last.safetensors")
+
+    monkeypatch.setattr("cluda_cli.train.train", fail)
+    result = run(app, ["train"])
+    assert result.exit_code == 4
+    assert result.stderr.startswith("error: runs/x/last.safetensors: No space left on device")
+
+
+def test_the_whole_path_from_training_to_pictures(tiny_settings, tmp_path, monkeypatch):
+    """train, eval, predict, pseudo-label, and training again on the pseudo-labels, as a user would type it."""
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.json").write_text(tiny_settings.model_dump_json())
+    assert run(app, ["train", "--preset", "tiny.json", "--steps", "2"]).exit_code == 0
+    evaluated = run(app, ["eval", "--ckpt", "runs/tiny/best.safetensors", "--json"])
+    assert evaluated.exit_code == 0
+    scores = json.loads(evaluated.stdout)
+    assert set(scores["protocols"]) == {"all"}
+    assert scores["images"] == 2
+    assert run(app, ["predict", "data/noisy/val"]).exit_code == 0
+    assert {p.name for p in Path("predictions").iterdir()} == {"train-id", "color", "overlay"}
+    labelled = run(app, ["pseudo-label", "--ckpt", "runs/tiny/last.safetensors", "--threshold", "0", "--out", "pseudo"])
+    assert labelled.exit_code == 0, labelled.stderr
+    again = run(app, ["train", "--preset", "tiny.json", "--source", "pseudo", "--run", "runs/again", "--steps", "1"])
+    assert again.exit_code == 0, again.stderr

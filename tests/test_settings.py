@@ -1,0 +1,60 @@
+"""Settings: documented, checked, and equal to their generated page."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from cluda_cli import settings
+
+SECTIONS = [m for m in vars(settings).values() if isinstance(m, type) and issubclass(m, settings.Section)]
+PAGE = Path(__file__).parent.parent / "docs" / "settings.md"
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
+def test_every_value_is_documented(section):
+    def is_section(field):
+        return isinstance(field.default, settings.Section) and not field.description
+
+    undocumented = [n for n, field in section.model_fields.items() if not field.description and not is_section(field)]
+    assert undocumented in ([], ["source"] if section is settings.Objectives else [])
+
+
+def test_the_page_is_the_generated_one():
+    assert PAGE.read_text(encoding="utf-8") == settings.reference_markdown(), (
+        "write it anew with: python -m cluda_cli.settings > docs/settings.md"
+    )
+
+
+def test_defaults_are_the_papers_values():
+    s = settings.Settings()
+    assert (s.optimizer.lr, s.optimizer.warmup, s.training.steps, s.data.batch_size) == (6e-5, 1500, 40_000, 2)
+    assert (s.teacher.decay, s.teacher.confidence) == (0.999, 0.968)
+    assert s.objectives.feature_distance.weight == 0.005
+    assert (s.objectives.pixel_contrast.temperature, s.objectives.pixel_contrast.size) == (1.0, 65)
+    assert s.data.rare_class.image_pixels(s.data.crop) == 3000
+
+
+def test_the_rare_class_threshold_follows_the_crop_unless_set():
+    assert settings.RareClass().image_pixels((240, 320)) == 879
+    assert settings.RareClass(min_pixels=12).image_pixels((240, 320)) == 12
+
+
+def test_settings_are_frozen():
+    with pytest.raises(ValidationError):
+        settings.Settings().training.steps = 3
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"model": {"weights": False}}, "objectives.feature_distance needs pretrained weights"),
+        ({"evaluation": {"stride": [600, 512], "window": [512, 512]}}, "leaves gaps between windows"),
+        ({"mixing": {"blur_sigma": [1.0, 0.5]}}, "must be (smallest, largest)"),
+        ({"training": 3}, "training is a table of settings"),
+    ],
+)
+def test_contradictions_are_refused(tree, message):
+    with pytest.raises(ValidationError) as error:
+        settings.Settings.model_validate(tree)
+    assert message in str(error.value)

@@ -1,0 +1,241 @@
+"""Where each published dataset keeps its files, and which label files it has."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluda_cli.data.archives import Archive
+from cluda_cli.data.camvid import CAMVID_COLORS, SEGNET_LABELS, camvid_split
+from cluda_cli.data.label_files import FirstChannelLabels, IdLabels, LabelReader
+from cluda_cli.data.labels import (
+    CAMVID,
+    CITYSCAPES,
+    CITYSCAPES_LABEL_IDS,
+    IGNORE,
+    SYNTHIA_IDS,
+    SYNTHIA_LABEL_IDS,
+    ClassTable,
+    LabelClass,
+    id_table,
+)
+from cluda_cli.data.pairing import Split, find_files
+from cluda_cli.errors import DataError
+
+Margins = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A raw dataset on disk: everything `prepare` needs to index it."""
+
+    name: str
+    root: Path
+    classes: ClassTable
+    reader: LabelReader | None
+    """How its label files are read; None if it has none."""
+    splits: tuple[Split, ...]
+    margins: Margins = (0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way in which copies of a dataset are laid out."""
+
+    splits: tuple[Split, ...]
+    reader: LabelReader
+    as_published: bool = True
+    """Whether it is what the publisher's archives unpack to, so that missing files can be added from them."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A dataset that is known by name."""
+
+    name: str
+    layouts: tuple[Layout, ...]
+    classes: tuple[LabelClass, ...] = CITYSCAPES
+    archives: tuple[Archive, ...] = ()
+    margins: Margins = (0, 0, 0, 0)
+
+    def folder(self, data_root: Path) -> Path:
+        """Where the raw files lie: <data root>/<name>, with a dash or an underscore."""
+        folders = [data_root / name for name in (self.name, self.name.replace("-", "_"))]
+        return next((folder for folder in folders if folder.is_dir()), folders[-1])
+
+    def layout(self, data_root: Path) -> Layout | None:
+        """The layout that the folder has: the first with images and labels, else the first with images."""
+        root = self.folder(data_root)
+        with_images = [layout for layout in self.layouts if _any(root, [s.images for s in layout.splits])]
+        with_labels = [layout for layout in with_images if _any(root, [s.labels for s in layout.splits if s.labels])]
+        return next(iter(with_labels + with_images), None)
+
+    def locate(self, data_root: Path) -> Dataset:
+        """The dataset in the layout that its folder has. Raises DataError if nothing is found."""
+        root, layout = self.folder(data_root), self.layout(data_root)
+        if layout is None:
+            patterns = dict.fromkeys(layout.splits[0].images for layout in self.layouts)
+            archives = ", ".join(archive.files for archive in self.archives)
+            raise DataError(
+                f"no images of {self.name} found, such as {' or '.join(patterns)}",
+                root,
+                f"unpack the dataset there, or put its archives there or into {data_root}: {archives}",
+            )
+        return Dataset(self.name, root, ClassTable(self.classes), layout.reader, layout.splits, self.margins)
+
+
+def _any(root: Path, patterns: list[str]) -> bool:
+    return any(next(find_files(root, pattern), None) for pattern in patterns)
+
+
+def _ids_by_name(ids: dict[int, str]) -> tuple[int, ...]:
+    position = {c.name: i for i, c in enumerate(CITYSCAPES)}
+    return tuple(id_table((label_id, position[name]) for label_id, name in ids.items()))
+
+
+# A label id of -1 is stored as 255 in 8-bit files.
+CITYSCAPES_LABELS = IdLabels(
+    tuple(id_table((c.label_id, i) for i, c in enumerate(CITYSCAPES))),
+    tuple(sorted({i % 256 for i in CITYSCAPES_LABEL_IDS})),
+)
+TRAIN_ID_LABELS = IdLabels(
+    tuple(id_table((i, i) for i in range(len(CITYSCAPES)))), (*range(len(CITYSCAPES)), IGNORE)
+)  # fmt: skip
+SYNTHIA_LABELS = FirstChannelLabels(_ids_by_name(SYNTHIA_IDS), tuple(SYNTHIA_LABEL_IDS))
+
+
+def _in_camvid(split: str) -> Callable[[str], bool]:
+    return lambda stem: camvid_split(stem) == split
+
+
+def _gta(labels: str, reader: LabelReader) -> Layout:
+    return Layout((Split("train", "images/*.png", labels),), reader)
+
+
+def _synthia(prefix: str) -> Layout:
+    split = Split("train", f"{prefix}RGB/*.png", f"{prefix}GT/LABELS/*.png")
+    return Layout((split,), SYNTHIA_LABELS, as_published=not prefix)
+
+
+def _cityscapes(suffix: str, reader: LabelReader) -> Layout:
+    def split(name: str, labels: str | None) -> Split:
+        return Split(name, f"leftImg8bit/{name}/*/*_leftImg8bit.png", labels)
+
+    # The labels of the test split are withheld: its published files hold no classes.
+    labelled = (split(name, f"gtFine/{name}/*/*_gtFine_{suffix}.png") for name in ("train", "val"))
+    return Layout((*labelled, split("test", None)), reader)
+
+
+def _acdc(between: str, below: str, suffix: str, reader: LabelReader) -> Layout:
+    """ACDC; `between` and `below` are the folders around that of the split: condition and sequence, or none."""
+    return Layout(tuple(
+        Split(
+            name,
+            f"rgb_anon/{between}{name}/{below}*_rgb_anon.png",
+            None if name == "test" else f"gt/{between}{name}/{below}*_gt_{suffix}.png",
+        )
+        for name in ("train", "val", "test")
+    ), reader, as_published=bool(between))  # fmt: skip
+
+
+def _dark_zurich(suffix: str, reader: LabelReader) -> Layout:
+    return Layout((
+        Split("train", "rgb_anon/train/night/**/*_rgb_anon.png"),
+        Split("val", "rgb_anon/val/**/*_rgb_anon.png", f"gt/val/**/*_gt_{suffix}.png"),
+        Split("test", "rgb_anon/test/**/*_rgb_anon.png"),
+    ), reader)  # fmt: skip
+
+
+LABEL_FILES: tuple[tuple[str, LabelReader], ...] = (
+    ("labelIds", CITYSCAPES_LABELS),
+    ("labelTrainIds", TRAIN_ID_LABELS),
+)
+_FROM_VIDEO = ("rgb_anon", "gt")
+_CAMVID_FOLDERS = (
+    "701_StillsRaw_full", "LabeledApproved_full", "train", "val", "test", "trainannot", "valannot", "testannot",
+)  # fmt: skip
+
+PUBLISHED: tuple[Published, ...] = (
+    Published(
+        "gta",
+        # `[0-9].png` leaves out the train-id files that other tools write beside the labels.
+        (_gta("labels/*[0-9].png", CITYSCAPES_LABELS),),
+        archives=(
+            Archive("[0-9][0-9]_images.zip", ("images",)),
+            Archive("[0-9][0-9]_labels.zip", ("labels",)),
+        ),
+    ),
+    Published(
+        "synthia",
+        (_synthia(""), _synthia("RAND_CITYSCAPES/")),
+        archives=(Archive("*RAND_CITYSCAPES.zip", ("RGB", "GT")), Archive("*RAND_CITYSCAPES.rar", ())),
+    ),
+    Published(
+        "cityscapes",
+        tuple(_cityscapes(*files) for files in LABEL_FILES),
+        archives=(
+            Archive("leftImg8bit_trainvaltest.zip", ("leftImg8bit",)),
+            Archive("gtFine_trainvaltest.zip", ("gtFine",)),
+        ),
+        # Rectification artefacts at the top and the bonnet at the bottom of the 1024 x 2048 frame: DAFormer's
+        # 15 and 120 rows at half size.
+        margins=(30, 240, 0, 0),
+    ),
+    Published(
+        "camvid",
+        (
+            Layout(
+                tuple(
+                    Split(name, "701_StillsRaw_full/*.png", "LabeledApproved_full/*_L.png", _in_camvid(name))
+                    for name in ("train", "val", "test")
+                ),
+                CAMVID_COLORS,
+            ),
+            Layout(
+                tuple(Split(name, f"{name}/*.png", f"{name}annot/*.png") for name in ("train", "val", "test")),
+                SEGNET_LABELS,
+            ),
+        ),
+        classes=CAMVID,
+        archives=(
+            Archive("701_StillsRaw_full.zip", ("701_StillsRaw_full",), into="701_StillsRaw_full"),
+            Archive("LabeledApproved_full.zip", ("LabeledApproved_full",), into="LabeledApproved_full"),
+            Archive("[Cc]am[Vv]id*.zip", _CAMVID_FOLDERS),
+        ),
+    ),
+    Published(
+        "acdc",
+        (
+            *(_acdc("*/", "*/", *files) for files in LABEL_FILES),
+            *(_acdc("", "", *files) for files in LABEL_FILES),
+        ),
+        archives=(
+            Archive("rgb_anon_trainvaltest.zip", _FROM_VIDEO),
+            Archive("gt_trainval.zip", _FROM_VIDEO),
+        ),
+    ),
+    Published(
+        "dark-zurich",
+        tuple(_dark_zurich(*files) for files in LABEL_FILES),
+        archives=(Archive("Dark_Zurich_*_anon.zip", _FROM_VIDEO),),
+    ),
+)
+
+
+def demo_datasets(folder: Path) -> tuple[Dataset, ...]:
+    """The two domains of the generated demonstration; the target's training labels are made but not used."""
+
+    def split(domain: str, name: str, labelled: bool) -> Split:
+        labels = f"{domain}/{name}/labels/*.png" if labelled else None
+        return Split(name, f"{domain}/{name}/images/*.png", labels)
+
+    classes = ClassTable(CITYSCAPES)
+    return (
+        Dataset(
+            "demo-render", folder, classes, CITYSCAPES_LABELS,
+            (split("render", "train", True), split("render", "val", True)),
+        ),
+        Dataset(
+            "demo-camera", folder, classes, CITYSCAPES_LABELS,
+            (split("camera", "train", False), split("camera", "val", True)),
+        ),
+    )  # fmt: skip

@@ -1,0 +1,235 @@
+"""A user's own dataset, described by a short TOML file; DescriptionTable says what may stand in it."""
+
+import colorsys
+import difflib
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+
+from cluda_cli.data.datasets import Dataset
+from cluda_cli.data.label_files import MAX_CLASSES, ColorLabels, IdLabels, LabelReader
+from cluda_cli.data.labels import CITYSCAPES, IGNORE, THING_NAMES, ClassTable, Color, LabelClass, id_table
+from cluda_cli.data.pairing import Split
+from cluda_cli.errors import DataError, SettingsError
+from cluda_cli.settings import Margins, Section
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"})
+Channel = Annotated[int, Field(ge=0, le=255)]
+
+
+def _pattern(value: str) -> str:
+    parts = value.replace("\\", "/").split("/")
+    if value.startswith("/") or ":" in parts[0] or ".." in parts:
+        raise ValueError("patterns lie below root; set root to the folder that holds all files")
+    if any("**" in part and part != "**" for part in parts):
+        raise ValueError("** stands for whole folders, as in images/**/*.png")
+    if parts[-1] in {"", "**"}:
+        raise ValueError("the pattern names a folder; end it with a file name such as *.png")
+    return "/".join(part for part in parts if part != ".")
+
+
+def _plain_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", value):
+        raise ValueError("a name of letters, digits, '-', '_' and '.' is needed, because a folder is named after it")
+    return value
+
+
+Pattern = Annotated[str, AfterValidator(_pattern)]
+PlainName = Annotated[str, AfterValidator(_plain_name)]
+
+
+class SplitTable(Section):
+    """One split."""
+
+    images: Pattern
+    """Glob of the images, relative to root."""
+    labels: Pattern | None = None
+    """Glob of the labels; leave it out for images without labels."""
+    list: str | None = None
+    """File with one name per line that restricts the split, relative to root."""
+
+
+class DescriptionTable(Section):
+    """What a description may say."""
+
+    name: PlainName | None = None
+    """Name of the prepared dataset; unset: the name of the description file."""
+    root: str = "."
+    """Folder of the files, relative to the description."""
+    ignore: tuple[int | str, ...] = ()
+    """Label ids, or colours, that are neither trained on nor scored."""
+    margins: Margins = (0, 0, 0, 0)
+    """Top, bottom, left, right bands of the frame, pixels, that deserve no pseudo-labels."""
+    things: tuple[str, ...] | None = None
+    """Countable classes; unset: those named like a countable class of Cityscapes."""
+    ids: dict[str, str] = {}
+    """Label id -> class name; the order of first appearance gives the train ids."""
+    colors: dict[str, str] = {}
+    """"#rrggbb" or "r,g,b" -> class name, for RGB labels."""
+    palette: dict[str, tuple[Channel, Channel, Channel]] = {}
+    """Class name -> colour in pictures."""
+    splits: dict[PlainName, SplitTable] = Field(min_length=1)
+    """Name of a split -> where its files are."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DescriptionTable":
+        problems = _class_problems(self)
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def read_description(path: Path) -> Dataset:
+    """The dataset that a TOML file describes.
+
+    Raises SettingsError with every problem of the file at once, DataError if a folder or list it names is missing.
+    """
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"cannot be read: {error}", path) from error
+    try:
+        table = DescriptionTable.model_validate(tree)
+    except ValidationError as error:
+        lines = [line for problem in error.errors() for line in _explain(problem)]
+        raise SettingsError("\n".join(lines), path) from error
+    root = Path(path.parent, table.root).resolve()
+    if not root.is_dir():
+        raise DataError("no such folder", root, f"correct root in {path}")
+    return Dataset(
+        name=table.name or _name_of_file(path),
+        root=root,
+        classes=_classes(table),
+        reader=_reader(table),
+        splits=tuple(_split(name, split, root) for name, split in table.splits.items()),
+        margins=table.margins,
+    )
+
+
+def parse_color(text: str) -> Color:
+    """ "#804080" or "128,64,128" -> (128, 64, 128). Raises ValueError."""
+    if match := re.fullmatch(r"#([0-9a-fA-F]{6})", text.strip()):
+        value = int(match[1], 16)
+        return value >> 16, value >> 8 & 255, value & 255
+    parts = text.split(",")
+    if len(parts) == 3 and all(re.fullmatch(r"\s*\d{1,3}\s*", part) and int(part) < 256 for part in parts):
+        return int(parts[0]), int(parts[1]), int(parts[2])
+    raise ValueError(f'"{text}" is no colour; write "#rrggbb" or "r,g,b"')
+
+
+def parse_id(text: str) -> int:
+    """Label id, 0..255. Raises ValueError."""
+    if not re.fullmatch(r"\d{1,3}", text.strip()) or int(text) > 255:
+        raise ValueError(f'"{text}" is no label id; ids are whole numbers from 0 to 255')
+    return int(text)
+
+
+def generated_color(position: int) -> Color:
+    """A distinct colour for the position-th class: hues in steps of the golden ratio."""
+    red, green, blue = colorsys.hsv_to_rgb(position * 0.618034 % 1, 0.75, (0.95, 0.65)[position % 2])
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def _class_problems(table: DescriptionTable) -> list[str]:
+    """What is wrong with the classes beyond the type of each value."""
+    problems = []
+    if table.ids and table.colors:
+        problems.append("ids, colors: give one of them, for labels of numbers or of colours")
+    labelled = [name for name, split in table.splits.items() if split.labels]
+    if labelled and not (table.ids or table.colors):
+        problems.append(f"splits.{labelled[0]}.labels: labels need a table [ids] or [colors] that names the classes")
+    raw = table.colors or table.ids
+    parse: Callable[[str], object] = parse_color if table.colors else parse_id
+    seen: dict[object, str] = {}
+    keys = [("colors" if table.colors else "ids", key) for key in raw] + [("ignore", str(key)) for key in table.ignore]
+    for place, key in keys:
+        try:
+            value = parse(key)
+        except ValueError as error:
+            problems.append(f"{place}: {error}")
+            continue
+        if value in seen:
+            problems.append(f'{place}: "{key}" is already given in {seen[value]}')
+        seen[value] = place
+    names = list(dict.fromkeys(raw.values()))
+    if len(names) > MAX_CLASSES:
+        problems.append(f"{len(names)} classes, at most {MAX_CLASSES} are possible")
+    for place, given in (("things", table.things or ()), ("palette", tuple(table.palette))):
+        strange = [name for name in given if raw and name not in names]
+        problems += [f'{place}: no class "{name}"{_nearest(name, names)}' for name in strange]
+    return problems
+
+
+def _classes(table: DescriptionTable) -> ClassTable:
+    """Classes in order of first appearance; unlabelled data get the Cityscapes classes for display."""
+    if not (table.ids or table.colors):
+        return ClassTable(CITYSCAPES)
+    known = {c.name: c.color for c in CITYSCAPES}
+    things = THING_NAMES if table.things is None else frozenset(table.things)
+    rows: dict[str, LabelClass] = {}
+    for key, name in (table.colors or table.ids).items():
+        if name not in rows:
+            own = parse_color(key) if table.colors else None
+            color = table.palette.get(name) or own or known.get(name) or generated_color(len(rows))
+            rows[name] = LabelClass(name, color, len(rows) if table.colors else parse_id(key), name in things)
+    return ClassTable(tuple(rows.values()))
+
+
+def _reader(table: DescriptionTable) -> LabelReader | None:
+    raw = table.colors or table.ids
+    position = {name: i for i, name in enumerate(dict.fromkeys(raw.values()))}
+    if table.colors:
+        ignored = [(parse_color(str(key)), IGNORE) for key in table.ignore]
+        return ColorLabels((*((parse_color(key), position[name]) for key, name in raw.items()), *ignored))
+    if table.ids:
+        pairs = [(parse_id(key), position[name]) for key, name in raw.items()]
+        known = sorted({label_id for label_id, _ in pairs} | {parse_id(str(key)) for key in table.ignore})
+        return IdLabels(tuple(id_table(pairs)), tuple(known))
+    return None
+
+
+def _split(name: str, table: SplitTable, root: Path) -> Split:
+    if table.list is None:
+        return Split(name, table.images, table.labels)
+    path = root / table.list
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise DataError(f"the list of split {name} cannot be read: {error}", path) from error
+    listed = frozenset(_listed_name(line.strip()) for line in lines if line.strip())
+    return Split(name, table.images, table.labels, keep=listed.__contains__, listed=listed)
+
+
+def _listed_name(line: str) -> str:
+    """A line may give a stem, a file name or a path below root."""
+    path = Path(line.replace("\\", "/"))
+    return path.with_suffix("").as_posix() if path.suffix.lower() in IMAGE_SUFFIXES else path.as_posix()
+
+
+def _name_of_file(path: Path) -> str:
+    try:
+        return _plain_name(path.stem)
+    except ValueError as error:
+        raise SettingsError(f'"{path.stem}": {error}', path, 'set name = "..."') from error
+
+
+def _explain(problem: Mapping[str, Any]) -> list[str]:
+    """Lines for one pydantic error, dotted path first, with a suggestion for a misspelt key."""
+    where = [str(part) for part in problem["loc"] if part != "[key]"]
+    path = ".".join(where)
+    if problem["type"] == "extra_forbidden":
+        fields = (SplitTable if len(where) == 3 and where[0] == "splits" else DescriptionTable).model_fields
+        return [f"{path}: no such key{_nearest(where[-1], list(fields)) or '; known: ' + ', '.join(fields)}"]
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return [f"{path}: is needed"]
+    return [f"{path}: {message}, got {problem['input']!r}"] if path else message.splitlines()
+
+
+def _nearest(name: str, choices: list[str]) -> str:
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
+    return f', did you mean "{close[0]}"?' if close else ""

@@ -1,0 +1,97 @@
+"""What can be wrong with a dataset on disk, and how it is told: every kind with its count and a few examples."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+EXAMPLES = 3  # files named per kind of problem
+IDS = 12  # raw ids named per kind of problem
+
+
+class Kind(Enum):
+    """(what is counted, whether training on it would be wrong, what to do)."""
+
+    UNREADABLE = ("files that cannot be read", True, "unpack or download them again")
+    DEEP_IMAGE = ("images that are not 8-bit", True, "convert them to 8 bits per channel")
+    SIZE = ("labels of another size than their image", True, "image and label must have the same height and width")
+    IDS = ("labels with ids outside the class table", True, "each id must name a class or be ignored")
+    LOSSY = ("labels in a lossy format", True, "compression changes the ids near edges; export the labels as PNG")
+    FORM = ("labels of the wrong form", True, "")
+    DUPLICATE = ("images or labels that share a name", True, "it is unclear which label belongs to which image")
+    NO_LABEL = ("images without a label", False, "")
+    NO_IMAGE = ("labels without an image", False, "")
+    LISTED = ("listed names without an image", False, "")
+    SHARED = ("images in two splits", False, "scores on one split would flatter what was trained on the other")
+    ABSENT = ("classes that never occur", False, "")
+
+    @property
+    def text(self) -> str:
+        return self.value[0]
+
+    @property
+    def is_error(self) -> bool:
+        """Whether a pair with this problem would train or score on wrong data."""
+        return self.value[1]
+
+    @property
+    def remedy(self) -> str:
+        return self.value[2]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with one file (or class)."""
+
+    kind: Kind
+    file: str
+    """Path relative to the dataset, or the name of what is meant."""
+    detail: str = ""
+    ids: dict[str, int] = field(default_factory=dict)
+    """Raw id or colour -> number of pixels, for Kind.IDS."""
+
+    def to_json(self) -> list[Any]:
+        return [self.kind.name, self.file, self.detail, self.ids]
+
+    @staticmethod
+    def from_json(row: Sequence[Any]) -> "Problem":
+        kind, file, detail, ids = row
+        return Problem(Kind[kind], file, detail, ids)
+
+
+class BadFile(Exception):  # noqa: N818  carries a Problem from where it is found to where it is collected
+    """A file that cannot be used."""
+
+    def __init__(self, kind: Kind, detail: str = "", ids: dict[str, int] | None = None) -> None:
+        super().__init__(detail)
+        self.kind, self.detail, self.ids = kind, detail, ids or {}
+
+    def problem(self, file: str) -> Problem:
+        return Problem(self.kind, file, self.detail, self.ids)
+
+
+def report_lines(problems: Sequence[Problem]) -> list[str]:
+    """One line per kind with its count, errors first, followed by up to three examples each."""
+    lines = []
+    for kind in sorted(Kind, key=lambda kind: not kind.is_error):
+        of_kind = [problem for problem in problems if problem.kind is kind]
+        if not of_kind:
+            continue
+        ids: Counter[str] = Counter()
+        for problem in of_kind:
+            ids.update(problem.ids)
+        found = f" ({describe_ids(ids)})" if ids else ""
+        remedy = f"; {kind.remedy}" if kind.remedy else ""
+        lines.append(f"{'error' if kind.is_error else 'warning'}: {kind.text}: {len(of_kind)}{found}{remedy}")
+        lines += [f"  {p.file}: {p.detail}" if p.detail else f"  {p.file}" for p in of_kind[:EXAMPLES]]
+        if len(of_kind) > EXAMPLES:
+            lines.append(f"  and {len(of_kind) - EXAMPLES} more")
+    return lines
+
+
+def describe_ids(ids: dict[str, int]) -> str:
+    """`40 in 12 pixels, 77 in 3 pixels`, the most frequent first."""
+    ranked = sorted(ids.items(), key=lambda pair: -pair[1])
+    shown = ", ".join(f"{name} in {count} pixel{'s' * (count != 1)}" for name, count in ranked[:IDS])
+    return shown + (f" and {len(ranked) - IDS} more ids" if len(ranked) > IDS else "")

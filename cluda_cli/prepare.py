@@ -1,0 +1,190 @@
+"""`cluda prepare`: raw dataset -> checked index, train-id labels, class statistics.
+
+    <data root>/prepared/<name>/index.json      the result, written last
+                                journal.jsonl   the outcome for every pair, so that an interrupted run can go on
+                                manifest.json   what the index was made from, so that a second run has nothing to do
+
+The train-id maps lie beside them, in the folder `labels`.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cluda_cli import console
+from cluda_cli.data.archives import find_archives, missing_members, unpack
+from cluda_cli.data.conversion import Outcome, Scan, check_all, convert_missing, scan_files
+from cluda_cli.data.datasets import PUBLISHED, Dataset, Published, demo_datasets
+from cluda_cli.data.descriptions import read_description
+from cluda_cli.data.index import Index, Item
+from cluda_cli.data.problems import Kind, Problem, report_lines
+from cluda_cli.errors import DataError, SettingsError
+from cluda_cli.files import write_json
+
+USUAL_TARGETS = frozenset({"cityscapes", "camvid", "acdc", "dark-zurich"})
+"""Published photographs; only the advice on the next command depends on it."""
+
+
+def prepare(
+    dataset: str, data_root: Path, *, check: bool = False, skip_bad: bool = False, workers: int | None = None
+) -> list[Index]:
+    """Index a dataset: a published one by name, "demo", or the TOML file that describes a user's own.
+
+    Prints everything that is wrong with it. `check` only looks, at every pixel, and writes nothing; `skip_bad` leaves
+    out pairs that are wrong. `workers` processes share the work (default: one per CPU). A second call does nothing
+    unless a file has changed; an interrupted call is taken up where it stopped.
+
+    Raises DataError if files are missing or wrong (and `skip_bad` is off), SettingsError for an unknown name or a
+    description with mistakes.
+    """
+    datasets = _find(dataset, data_root, check)
+    indexes = [_prepare_one(found, data_root, check, skip_bad, workers) for found in datasets]
+    if not check:
+        console.result(f"next: {_next_command(dataset, indexes[0], data_root)}")
+    return indexes
+
+
+def _find(name: str, data_root: Path, check: bool) -> Sequence[Dataset]:
+    """The raw datasets that a name or a description stands for, unpacked or generated if need be."""
+    known = {published.name: published for published in PUBLISHED}
+    if name in known:
+        _unpack(known[name], data_root, check)
+        return (known[name].locate(data_root),)
+    if name == "demo":
+        folder = data_root / "demo"
+        if not (folder / "demo.json").is_file():
+            if check:
+                raise DataError("the demonstration has not been made yet", folder, "run without --check")
+            from cluda_cli.data.demo import make_demo
+
+            make_demo(folder)
+        return demo_datasets(folder)
+    path = Path(name)
+    if path.suffix == ".toml":
+        if path.is_file():
+            return (read_description(path),)
+        raise SettingsError("no such description", path)
+    raise SettingsError(
+        f'no dataset "{name}"', "prepare", f"known: {', '.join(known)}, demo, or a .toml file that describes your own"
+    )
+
+
+def _unpack(published: Published, data_root: Path, check: bool) -> None:
+    """Add what is missing from the publisher's archives, if the folder is laid out as they are."""
+    folder = published.folder(data_root)
+    layout = published.layout(data_root)
+    if layout and not layout.as_published:
+        return
+    for path, archive in find_archives(published.archives, (data_root, folder)):
+        if not check:
+            unpack(path, archive, folder)
+        elif missing := missing_members(path, archive, folder):
+            console.result(f"{path}: {len(missing)} files are not unpacked yet")
+
+
+def _prepare_one(dataset: Dataset, data_root: Path, check: bool, skip_bad: bool, workers: int | None) -> Index:
+    """Scan, check and convert one dataset, report, and write its index."""
+    scan = scan_files(dataset, data_root / "prepared" / dataset.name)
+    if not check and (index := _up_to_date(scan, skip_bad)):
+        counts = [f"{len(items)} {name}" for name, items in index.splits.items()]
+        if num_bad := _read_manifest(scan.folder).get("bad"):
+            counts.append(f"without {num_bad} bad files")
+        console.result(f"{dataset.name}: up to date ({', '.join(counts)})")
+        return index
+    console.info(f"{dataset.name}: {len(scan.keys)} images below {dataset.root}")
+    if not check and _read_manifest(scan.folder).get("inputs") != scan.inputs:
+        (scan.folder / "index.json").unlink(missing_ok=True)  # it describes other files than there are now
+    outcomes = check_all(scan, workers) if check else convert_missing(scan, workers)
+    index = _build_index(scan, outcomes)
+    problems = [*scan.problems, *(p for outcome in outcomes.values() for p in outcome.problems), *_absent(index)]
+    for line in report_lines(problems):
+        console.result(line)
+    num_errors = sum(problem.kind.is_error for problem in problems)
+    if num_errors and not skip_bad:
+        number = f"{num_errors} files" if num_errors > 1 else "1 file"
+        remedy = "correct them, or leave out the pairs concerned with --skip-bad"
+        raise DataError(f"{number} would spoil training, as listed above", dataset.name, remedy)
+    if not any(index.splits.values()):
+        raise DataError("no usable image is left", dataset.root, "see the problems above")
+    if not check:
+        index.save()
+        write_json(scan.folder / "manifest.json", {"inputs": scan.inputs, "bad": num_errors})
+    _summarise(index)
+    return index
+
+
+def _up_to_date(scan: Scan, skip_bad: bool) -> Index | None:
+    """The index on disk if it was made from equal inputs and everything it names is there."""
+    manifest = _read_manifest(scan.folder)
+    if manifest.get("inputs") != scan.inputs or (manifest.get("bad") and not skip_bad):
+        return None
+    try:
+        index = Index.load(scan.folder)
+    except DataError:
+        return None
+    labelled = (item for name in index.splits for item in index.labelled(name))
+    return index if all(index.label_path(item).is_file() for item in labelled) else None
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """What the index on disk was made from; empty if that is not known."""
+    try:
+        content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _build_index(scan: Scan, outcomes: dict[str, Outcome]) -> Index:
+    """The index of all pairs with which nothing is wrong."""
+    splits: dict[str, list[Item]] = {split.name: [] for split in scan.dataset.splits}
+    for key, pair in scan.keys.items():
+        if not outcomes[key].is_bad:
+            label = scan.label_path(pair).relative_to(scan.folder).as_posix() if pair.label else None
+            splits[pair.split].append(Item(pair.image, label, outcomes[key].size, outcomes[key].pixels))
+    return Index(
+        name=scan.dataset.name,
+        folder=scan.folder,
+        root=scan.dataset.root,
+        classes=scan.dataset.classes,
+        splits={name: tuple(items) for name, items in splits.items() if items},
+        margins=scan.dataset.margins,
+    )
+
+
+def _absent(index: Index) -> list[Problem]:
+    """Classes of which a labelled split has no pixel."""
+    return [
+        Problem(Kind.ABSENT, name, f"in the labels of split {split}")
+        for split in index.splits
+        if index.labelled(split)
+        for name, count in zip(index.classes.names, index.class_pixels(split), strict=True)
+        if not count
+    ]
+
+
+def _summarise(index: Index) -> None:
+    """Images per split, and how the labelled pixels are shared among the classes."""
+    rows = [(name, str(len(items)), str(len(index.labelled(name)))) for name, items in index.splits.items()]
+    console.result_table(index.name, ("split", "images", "labelled"), rows)
+    labelled = [split for split in index.splits if index.labelled(split)]
+    if not labelled:
+        return
+    pixels = [index.class_pixels(split) for split in labelled]
+    shares = [
+        (name, *(f"{100 * of[i] / sum(of):.2f}" if of[i] else "-" for of in pixels))
+        for i, name in enumerate(index.classes.names)
+    ]
+    console.result_table("", ("class", *(f"{split} %" for split in labelled)), shares)
+
+
+def _next_command(dataset: str, index: Index, data_root: Path) -> str:
+    """The command that uses what was prepared."""
+    command = "cluda train --preset demo"
+    if dataset != "demo":
+        is_source = index.labelled("train") and dataset not in USUAL_TARGETS
+        command = f"cluda train --source {index.name} --target TARGET" if is_source else (
+            f"cluda train --source SOURCE --target {index.name}"
+        )  # fmt: skip
+    return command if data_root == Path("data") else f"{command} --data-root {data_root}"

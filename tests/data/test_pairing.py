@@ -1,0 +1,91 @@
+"""Which label belongs to which image."""
+
+from pathlib import Path
+
+import pytest
+
+from cluda_cli.data.pairing import Split, find_pairs
+from cluda_cli.data.problems import Kind
+
+
+def make(root: Path, *names: str) -> None:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def paired(root: Path, images: str, labels: str) -> dict[str, str | None]:
+    return {pair.image: pair.label for pair in find_pairs(root, [Split("train", images, labels)]).pairs}
+
+
+@pytest.mark.parametrize(
+    ("image", "images", "label", "labels"),
+    [
+        ("i/0001.jpg", "i/*.jpg", "l/0001.png", "l/*.png"),
+        ("i/0001.png", "i/*.png", "l/0001_L.png", "l/*_L.png"),
+        ("a_leftImg8bit.png", "*_leftImg8bit.png", "a_gtFine_labelIds.png", "*_gtFine_labelIds.png"),
+        ("rgb_7.png", "rgb_*.png", "mask_7.png", "mask_*.png"),
+        ("i/s1/01.png", "i/*/*.png", "l/s1/01.png", "l/*/*.png"),
+        ("s1/images/01.png", "*/images/*.png", "s1/labels/01.png", "*/labels/*.png"),
+        ("s1/image.png", "*/image.png", "s1/label.png", "*/label.png"),
+        ("i/a/b/01.png", "i/**/*.png", "l/01.png", "l/*.png"),
+        ("i/01.tar.png", "i/*.*", "l/01.tar.png", "l/*"),
+        ("i/f-12-x.png", "i/f-[0-9][0-9]-?.png", "l/12_x.png", "l/*.png"),
+    ],
+)
+def test_names_that_belong_together(tmp_path: Path, image: str, images: str, label: str, labels: str) -> None:
+    make(tmp_path, image, label)
+    assert paired(tmp_path, images, labels) == {image: label}
+
+
+def test_equal_names_in_other_folders_are_not_mixed_up(tmp_path: Path) -> None:
+    make(tmp_path, "i/s1/01.png", "i/s2/01.png", "l/s2/01.png", "l/s3/01.png")
+    found = find_pairs(tmp_path, [Split("train", "i/*/*.png", "l/*/*.png")])
+    assert {p.image: p.label for p in found.pairs} == {"i/s1/01.png": None, "i/s2/01.png": "l/s2/01.png"}
+    assert [(p.kind, p.file) for p in found.problems] == [
+        (Kind.NO_LABEL, "i/s1/01.png"), (Kind.NO_IMAGE, "l/s3/01.png")
+    ]  # fmt: skip
+
+
+def test_train_id_maps_of_equal_names_keep_their_folder(tmp_path: Path) -> None:
+    make(tmp_path, "i/s1/01.png", "i/S2/01.png", "i/s1/02.png", "l/s1/01.png", "l/S2/01.png", "l/s1/02.png")
+    pairs = find_pairs(tmp_path, [Split("train", "i/*/*.png", "l/*/*.png")]).pairs
+    assert [pair.stem for pair in pairs] == ["S2/01", "s1/01", "02"]
+
+
+def test_a_name_for_several_files_is_not_guessed_at(tmp_path: Path) -> None:
+    make(tmp_path, "i/a.png", "i/a.jpg", "i/b.png", "l/a.png", "l/b.png")
+    found = find_pairs(tmp_path, [Split("train", "i/*", "l/*.png")])
+    assert [pair.image for pair in found.pairs] == ["i/b.png"]
+    assert [(p.kind, p.file) for p in found.problems] == [
+        (Kind.DUPLICATE, path) for path in ("i/a.jpg", "i/a.png", "l/a.png")
+    ]  # fmt: skip
+
+
+def test_a_flat_folder_of_labels_does_not_serve_two_images_of_equal_name(tmp_path: Path) -> None:
+    make(tmp_path, "i/s1/01.png", "i/s2/01.png", "l/01.png")
+    found = find_pairs(tmp_path, [Split("train", "i/*/*.png", "l/*.png")])
+    assert found.pairs == []
+    assert {p.kind for p in found.problems} == {Kind.DUPLICATE}
+
+
+def test_hidden_files_do_not_count(tmp_path: Path) -> None:
+    make(tmp_path, "i/01.png", "i/._01.png", "i/.cache/02.png")
+    assert paired(tmp_path, "i/**/*.png", "l/*.png") == {"i/01.png": None}
+
+
+def test_a_list_restricts_images_and_labels_alike(tmp_path: Path) -> None:
+    make(tmp_path, "i/01_rgb.png", "i/02_rgb.png", "l/01_id.png", "l/02_id.png", "l/03_id.png")
+    listed = frozenset({"02", "03", "04"})
+    found = find_pairs(tmp_path, [Split("val", "i/*_rgb.png", "l/*_id.png", listed.__contains__, listed)])
+    assert [(pair.image, pair.label) for pair in found.pairs] == [("i/02_rgb.png", "l/02_id.png")]
+    assert [(p.kind, p.file) for p in found.problems] == [
+        (Kind.NO_IMAGE, "l/03_id.png"), (Kind.LISTED, "03"), (Kind.LISTED, "04")
+    ]  # fmt: skip
+
+
+def test_an_image_in_two_splits_is_reported(tmp_path: Path) -> None:
+    make(tmp_path, "i/01.png", "i/02.png")
+    found = find_pairs(tmp_path, [Split("train", "i/*.png"), Split("val", "i/02.png")])
+    assert [(p.kind, p.file, p.detail) for p in found.problems] == [(Kind.SHARED, "i/02.png", "train, val")]

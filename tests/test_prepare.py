@@ -1,0 +1,373 @@
+"""`cluda prepare` from raw files to an index, and everything it must tell."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cluda_cli.data import conversion
+from cluda_cli.data.index import Index
+from cluda_cli.errors import DataError, SettingsError
+from cluda_cli.prepare import prepare
+
+DESCRIPTION = """
+root = "raw"
+ignore = [255]
+margins = [1, 2, 0, 0]
+[ids]
+5 = "road"
+6 = "car"
+[splits.train]
+images = "train/*.png"
+labels = "train_labels/*.png"
+[splits.val]
+images = "val/*.png"
+"""
+CITY = [[5, 5, 6], [255, 5, 6]]  # H W
+
+
+@pytest.fixture
+def town(tmp_path: Path) -> Path:
+    """Three labelled images and an unlabelled one, described by the TOML file that is returned."""
+    for name in "abc":
+        image(tmp_path / f"raw/train/{name}.png")
+        label(tmp_path / f"raw/train_labels/{name}.png", CITY)
+    image(tmp_path / "raw/val/v.png")
+    (tmp_path / "town.toml").write_text(DESCRIPTION)
+    return tmp_path / "town.toml"
+
+
+def image(path: Path, size: tuple[int, int] = (2, 3)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+
+
+def label(path: Path, ids: list[list[int]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.array(ids, dtype=np.uint8)).save(path)
+
+
+def run(town: Path, **options: bool) -> Index:
+    (index,) = prepare(str(town), town.parent / "data", workers=1, **options)
+    return index
+
+
+def state(folder: Path) -> dict[str, int]:
+    """Every file below a folder with the time at which it was written."""
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_writes_an_index_and_train_id_maps(town: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    index = run(town)
+    assert index == Index.load(town.parent / "data" / "prepared" / "town")
+    assert index.classes.names == ("road", "car")
+    assert index.margins == (1, 2, 0, 0)
+    item = index.split("train")[0]
+    assert (item.size, item.pixels) == ((2, 3), {0: 3, 1: 2})
+    assert index.image_path(item).is_file()
+    with Image.open(index.label_path(item)) as stored:
+        assert stored.mode == "L"
+        assert np.asarray(stored).tolist() == [[0, 0, 1], [255, 0, 1]]
+    assert [item.label for item in index.split("val")] == [None]
+    out = capsys.readouterr().out
+    assert "60.00" in out and "40.00" in out
+    assert f"cluda train --source town --target TARGET --data-root {town.parent / 'data'}" in out
+
+
+def test_a_second_run_does_nothing(town: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = run(town)
+    before = state(town.parent)
+    capsys.readouterr()
+    assert run(town) == first
+    assert state(town.parent) == before
+    assert "up to date (3 train, 1 val)" in capsys.readouterr().out
+
+
+def test_only_what_changed_is_converted_again(town: Path) -> None:
+    labels = run(town).folder / "labels" / "train"
+    before = state(labels)
+    label(town.parent / "raw/train_labels/b.png", [[6, 6, 6], [6, 6, 6]])
+    index = run(town)
+    assert {name for name, time in state(labels).items() if time != before[name]} == {"b.png"}
+    assert [item.pixels for item in index.split("train")] == [{0: 3, 1: 2}, {1: 6}, {0: 3, 1: 2}]
+
+
+def test_another_class_table_converts_everything_again(town: Path) -> None:
+    run(town)
+    town.write_text(DESCRIPTION.replace('5 = "road"\n6 = "car"', '6 = "car"\n5 = "road"'))
+    assert run(town).split("train")[0].pixels == {0: 2, 1: 3}
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(town: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def stop_at_c(job: conversion.Job) -> conversion.Outcome:
+        if job.pair.stem == "c":
+            raise KeyboardInterrupt
+        return conversion_of(job)
+
+    def note(job: conversion.Job) -> conversion.Outcome:
+        seen.append(job.pair.stem)
+        return conversion_of(job)
+
+    conversion_of = conversion.convert
+    monkeypatch.setattr(conversion, "convert", stop_at_c)
+    with pytest.raises(KeyboardInterrupt):
+        run(town)
+    folder = town.parent / "data" / "prepared" / "town"
+    assert not (folder / "index.json").exists()
+    with (folder / "journal.jsonl").open("a") as journal:
+        journal.write('["cut sho')
+    monkeypatch.setattr(conversion, "convert", note)
+    assert len(run(town).split("train")) == 3
+    assert seen == ["c", "v"]
+
+
+def test_a_map_of_an_interrupted_run_is_not_taken_for_that_of_an_earlier_one(
+    town: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other classes, stopped half-way, and back to the first classes: every map must be of the first classes."""
+
+    def stop_at_c(job: conversion.Job) -> conversion.Outcome:
+        if job.pair.stem == "c":
+            raise KeyboardInterrupt
+        return conversion_of(job)
+
+    conversion_of = conversion.convert
+    first = run(town)
+    town.write_text(DESCRIPTION.replace('5 = "road"\n6 = "car"', '6 = "car"\n5 = "road"'))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(conversion, "convert", stop_at_c)
+        run(town)
+    town.write_text(DESCRIPTION)
+    assert run(town) == first
+    for item in first.labelled("train"):
+        with Image.open(first.label_path(item)) as stored:
+            assert np.asarray(stored).tolist() == [[0, 0, 1], [255, 0, 1]]
+
+
+def test_a_lost_train_id_map_is_made_again(town: Path) -> None:
+    index = run(town)
+    path = index.label_path(index.split("train")[1])
+    path.unlink()
+    assert run(town) == index
+    assert path.is_file()
+
+
+def test_check_writes_nothing(town: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = state(town.parent)
+    index = run(town, check=True)
+    assert state(town.parent) == before
+    assert not (town.parent / "data").exists()
+    assert index.class_pixels("train") == [9, 6]
+    assert "car" in capsys.readouterr().out
+
+
+def test_check_decodes_images_in_full(town: Path) -> None:
+    path = town.parent / "raw/train/a.png"
+    image(path, (40, 60))
+    label(town.parent / "raw/train_labels/a.png", [[5] * 60] * 40)
+    content = bytearray(path.read_bytes())
+    content[200:260] = bytes(60)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="1 file would spoil"):
+        run(town, check=True)
+
+
+def spoil(raw: Path) -> None:
+    """One of everything that can be wrong."""
+    image(raw / "train/lonely.png")
+    label(raw / "train_labels/orphan.png", CITY)
+    for name in ("size", "ids", "more_ids", "form", "lossy", "cut", "image_cut", "deep"):
+        image(raw / f"train/{name}.png")
+        label(raw / f"train_labels/{name}.png", CITY)
+    label(raw / "train_labels/size.png", [[5]])
+    label(raw / "train_labels/ids.png", [[5, 77, 77], [5, 9, 5]])
+    label(raw / "train_labels/more_ids.png", [[5, 77, 5], [5, 5, 5]])
+    image(raw / "train_labels/form.png")
+    Image.new("L", (3, 2), 5).save(raw / "train_labels/lossy.png", format="JPEG")
+    for path in (raw / "train_labels/cut.png", raw / "train/image_cut.png"):
+        path.write_bytes(path.read_bytes()[:-30])
+    Image.fromarray(np.zeros((2, 3), dtype=np.uint16)).save(raw / "train/deep.png")
+
+
+REPORT = (
+    "error: files that cannot be read: 2",
+    "error: images that are not 8-bit: 1",
+    "error: labels of another size than their image: 1",
+    "  train_labels/size.png: 1 x 1, image 3 x 2",
+    "error: labels with ids outside the class table: 2 (77 in 3 pixels, 9 in 1 pixel)",
+    "  train_labels/ids.png: 77 in 2 pixels, 9 in 1 pixel",
+    "error: labels in a lossy format: 1",
+    "error: labels of the wrong form: 1",
+    "warning: images without a label: 1",
+    "  train/lonely.png",
+    "warning: labels without an image: 1",
+    "  train_labels/orphan.png",
+)
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_everything_wrong_is_told_with_its_count(town: Path, capsys: pytest.CaptureFixture[str], check: bool) -> None:
+    spoil(town.parent / "raw")
+    with pytest.raises(DataError, match=r"8 files would spoil training.*--skip-bad"):
+        run(town, check=check)
+    lines = capsys.readouterr().out.splitlines()
+    for expected in REPORT:
+        assert any(line.startswith(expected) for line in lines), expected
+    assert not (town.parent / "data/prepared/town/index.json").exists()
+
+
+def test_errors_are_told_again_from_the_journal(town: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil(town.parent / "raw")
+    reports = []
+    for _ in range(2):
+        with pytest.raises(DataError):
+            run(town)
+        reports.append(capsys.readouterr().out)
+    assert reports[0] == reports[1]
+
+
+def test_skip_bad_leaves_out_the_bad_pairs_only(town: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil(town.parent / "raw")
+    index = run(town, skip_bad=True)
+    assert [Path(item.image).stem for item in index.split("train")] == ["a", "b", "c", "lonely"]
+    assert len(index.labelled("train")) == 3
+    assert "error: labels with ids outside the class table: 2" in capsys.readouterr().out
+    assert sorted(state(index.folder / "labels")) == [f"train/{name}.png" for name in "abc"]
+    assert run(town, skip_bad=True) == index
+    assert "up to date (4 train, 1 val, without 8 bad files)" in capsys.readouterr().out
+    with pytest.raises(DataError):  # what was left out is not forgotten
+        run(town)
+    assert (index.folder / "index.json").is_file()
+
+
+def test_nothing_usable_left_is_an_error_even_with_skip_bad(town: Path) -> None:
+    for path in town.parent.glob("raw/*/*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="no usable image"):
+        run(town, skip_bad=True)
+
+
+def test_an_index_does_not_outlive_the_files_it_describes(town: Path) -> None:
+    index = run(town)
+    label(town.parent / "raw/train_labels/b.png", [[77]])
+    with pytest.raises(DataError):
+        run(town)
+    assert not (index.folder / "index.json").exists()
+
+
+def test_many_problems_of_a_kind_are_shortened(town: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(7):
+        image(town.parent / f"raw/train/x{i}.png")
+    run(town, check=True)
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index("warning: images without a label: 7")
+    assert lines[start + 1 : start + 5] == [*(f"  train/x{i}.png" for i in range(3)), "  and 4 more"]
+
+
+def test_classes_that_never_occur_are_told(town: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    town.write_text(DESCRIPTION.replace('6 = "car"', '6 = "car"\n7 = "tram"'))
+    run(town, check=True)
+    assert "warning: classes that never occur: 1\n  tram: in the labels of split train" in capsys.readouterr().out
+
+
+def test_no_images_is_an_error(town: Path) -> None:
+    for path in town.parent.glob("raw/*/*.png"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"no images match train/\*\.png, val/\*\.png"):
+        run(town)
+
+
+def test_names_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r'no dataset "gat".*known: gta, .*demo'):
+        prepare("gat", tmp_path)
+    with pytest.raises(SettingsError, match="no such description"):
+        prepare(str(tmp_path / "gone.toml"), tmp_path)
+
+
+def test_archives_are_unpacked_and_prepared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image(tmp_path / "made/images/00001.png")
+    label(tmp_path / "made/labels/00001.png", [[7, 26, 0], [34, 8, 7]])
+    for kind in ("images", "labels"):
+        with zipfile.ZipFile(tmp_path / f"01_{kind}.zip", "w") as file:
+            file.write(tmp_path / f"made/{kind}/00001.png", f"{kind}/00001.png")
+    with pytest.raises(DataError, match="no images of gta"):
+        prepare("gta", tmp_path, check=True, workers=1)
+    assert "1 files are not unpacked yet" in capsys.readouterr().out
+    assert not (tmp_path / "gta").exists()
+    (index,) = prepare("gta", tmp_path, workers=1)
+    assert index.root == tmp_path / "gta"
+    assert index.split("train")[0].pixels == {0: 2, 1: 1, 13: 1}
+
+
+def test_archives_do_not_add_a_second_copy_to_another_layout(tmp_path: Path) -> None:
+    image(tmp_path / "acdc/rgb_anon/train/x_rgb_anon.png")
+    label(tmp_path / "acdc/gt/train/x_gt_labelTrainIds.png", [[0, 1, 2], [255, 0, 1]])
+    with zipfile.ZipFile(tmp_path / "rgb_anon_trainvaltest.zip", "w") as file:
+        file.write(tmp_path / "acdc/rgb_anon/train/x_rgb_anon.png", "rgb_anon/fog/train/s/x_rgb_anon.png")
+    (index,) = prepare("acdc", tmp_path, workers=1)
+    assert len(index.split("train")) == 1
+    assert not (tmp_path / "acdc/rgb_anon/fog").exists()
+
+
+def test_demo_is_made_once_and_gives_two_datasets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def make_demo(folder: Path) -> None:
+        for part in ("render/train", "render/val", "camera/train", "camera/val"):
+            image(folder / part / "images/0.png")
+            label(folder / part / "labels/0.png", [[7, 26, 0], [0, 8, 7]])
+        (folder / "demo.json").write_text(json.dumps({}))
+
+    monkeypatch.setitem(sys.modules, "cluda_cli.data.demo", SimpleNamespace(make_demo=make_demo))
+    with pytest.raises(DataError, match="run without --check"):
+        prepare("demo", tmp_path, check=True)
+    render, camera = prepare("demo", tmp_path, workers=1)
+    assert (render.name, camera.name) == ("demo-render", "demo-camera")
+    assert render.classes.is_cityscapes
+    assert [len(index.labelled(split)) for index in (render, camera) for split in ("train", "val")] == [1, 1, 0, 1]
+    assert len(camera.split("train")) == 1
+    assert "next: cluda train --preset demo --data-root" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "cluda_cli.data.demo", SimpleNamespace(make_demo=None))
+    prepare("demo", tmp_path, workers=1)
+
+
+def test_a_relative_data_root_and_the_usual_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    image(Path("data/cityscapes/leftImg8bit/train/ulm/ulm_000_leftImg8bit.png"))
+    label(Path("data/cityscapes/gtFine/train/ulm/ulm_000_gtFine_labelIds.png"), [[7, 7, 7], [26, 26, 0]])
+    (index,) = prepare("cityscapes", Path("data"), workers=1)
+    assert index == Index.load(Path("data/prepared/cityscapes"))
+    assert capsys.readouterr().out.endswith("next: cluda train --source SOURCE --target cityscapes\n")
+
+
+def test_processes_give_what_one_process_gives(town: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The only test that starts processes: two of them, as a wrong order or an unpicklable job would show."""
+    alone = run(town)
+    monkeypatch.setattr(conversion, "JOBS_PER_WORKER", 1)
+    (index,) = prepare(str(town), town.parent / "other", workers=2)
+    assert index.splits == alone.splits
+    assert [os.path.basename(path) for path in sorted(state(index.folder / "labels"))] == ["a.png", "b.png", "c.png"]
+
+
+def test_one_worker_starts_no_process(town: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion, "ProcessPoolExecutor", None)
+    monkeypatch.setattr(conversion, "JOBS_PER_WORKER", 1)
+    assert run(town).splits
+
+
+def test_preparing_needs_no_torch() -> None:
+    """Each worker process imports this much; torch would cost it seconds and half a gigabyte."""
+    code = "import sys, cluda_cli.prepare, cluda_cli.data.conversion; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,206 @@
+"""Endless, resumable batches of source and target crops. B batch, H W pixels of the crop, h w of its inside.
+
+Batch number t is a function of (seed, t) alone: any process can make it, in any order, without what came before.
+"""
+
+import multiprocessing
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cluda_cli import settings
+from cluda_cli.data.index import Index
+from cluda_cli.data.labels import IGNORE
+from cluda_cli.data.sampling import RareClasses, diverse_crop, random_crop, rare_crop
+from cluda_cli.data.transforms import fit_box, read_image, read_label, resize_label_region, resize_region
+from cluda_cli.errors import CludaError, DataError, EnvironmentProblem, SettingsError
+from cluda_cli.seeds import derive_seed
+
+SPLIT = "train"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step learns from. Crops of images smaller than the crop are padded at the bottom and the right."""
+
+    source_image: Tensor  # B 3 H W, uint8 RGB, 0 on padding
+    source_label: Tensor  # B H W, uint8 train ids, 255 = ignore, also on padding
+    source_inside: Tensor  # B H W, bool, False on padding
+    target_image: Tensor  # B 3 H W, uint8 RGB, 0 on padding
+    target_inside: Tensor  # B H W, bool, False on padding
+    target_valid: Tensor  # B H W, bool, where pseudo-labels count: inside and not in the margins of the frame
+
+    def to(self, device: torch.device) -> "Batch":
+        """Copy to a device; a copy of pinned memory to a GPU does not wait."""
+        wait = device.type != "cuda"
+        return Batch(*(getattr(self, field.name).to(device, non_blocking=not wait) for field in fields(self)))
+
+    def pin_memory(self) -> "Batch":
+        """Called by the loader."""
+        return Batch(*(getattr(self, field.name).pin_memory() for field in fields(self)))
+
+
+def batches(
+    source: Index, target: Index, data: settings.Data, seed: int, start: int, stop: int, pin_memory: bool = False
+) -> Iterator[Batch]:
+    """The batches of steps start, ..., stop - 1, made by `data.workers` processes; with 0 workers, the same batches.
+
+    `pin_memory` speeds up copies to a CUDA device and needs one.
+    Raises DataError at once if the source has no labels or a domain no training images, SettingsError if the margins
+    leave nothing of a target image; while iterating, DataError that names an unreadable file.
+    """
+    steps = Steps(source, target, data, seed)
+    workers = min(data.workers, max(stop - start, 0))
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "This DataLoader will create"
+        )  # more workers than cores are the user's choice
+        loader = DataLoader(
+            steps,
+            batch_size=None,
+            sampler=range(start, stop),
+            num_workers=workers,
+            pin_memory=pin_memory,
+            worker_init_fn=_start_worker,
+            multiprocessing_context=_context() if workers else None,
+            generator=torch.Generator(),  # the loader would draw from the global one
+        )
+    return _iterate(loader)
+
+
+class Steps(Dataset["Batch | CludaError"]):
+    """The batches by step number."""
+
+    def __init__(self, source: Index, target: Index, data: settings.Data, seed: int) -> None:
+        self.source, self.target, self.data, self.seed = source, target, data, seed
+        self.source_items = source.labelled(SPLIT)
+        if not self.source_items:
+            source.split(SPLIT)
+            raise DataError(f'no image of split "{SPLIT}" has a label', source.folder, "the source must be labelled")
+        if not any(item.pixels for item in self.source_items):
+            raise DataError("the labels hold no pixel of any class", source.folder, "check its description")
+        self.target_items = target.split(SPLIT)
+        rare, items = data.rare_class, self.source_items
+        self.rare = RareClasses(items, source.classes, rare, data.crop) if rare else None
+        self.margins = target.margins if data.target_margins is None else data.target_margins
+        top, bottom, left, right = self.margins
+        for height, width in {item.size for item in self.target_items}:
+            if top + bottom >= height or left + right >= width:
+                raise SettingsError(
+                    f"{list(self.margins)} leave nothing of a {height} x {width} image of {target.name}",
+                    "data.target_margins",
+                    "top, bottom, left and right in pixels of the original frame",
+                )
+
+    def __getitem__(self, step: int) -> "Batch | CludaError":
+        """One batch. An error is returned, not raised: a loader process would wrap it in its traceback."""
+        try:
+            samples = [
+                self.source_sample(np.random.default_rng(derive_seed(self.seed, "source", step, i)))
+                + self.target_sample(np.random.default_rng(derive_seed(self.seed, "target", step, i)))
+                for i in range(self.data.batch_size)
+            ]
+        except CludaError as error:
+            return error
+        return Batch(*map(torch.stack, zip(*samples, strict=True)))
+
+    def source_sample(self, rng: Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Image, label and inside of one crop.
+
+        The crop is chosen on the label, so that the image, which takes longest to decode, is decoded once and only
+        the crop of it is resized. The law is that of repeating the whole pipeline until the crop is accepted.
+        """
+        if self.rare:
+            train_id, position = self.rare.draw(rng)
+        else:
+            position = int(rng.integers(len(self.source_items)))
+        item, data = self.source_items[position], self.data
+        label = read_label(self.source.label_path(item))
+        original, size = label.shape, fit_box((label.shape[0], label.shape[1]), data.source_box)
+        label = resize_label_region(label, size, 0, 0, *size)  # h w
+        if self.rare:
+            crop = rare_crop(rng, label, data.crop, data.max_class_share, train_id, self.rare.crop_pixels)
+        else:
+            crop, _ = diverse_crop(rng, label, data.crop, data.max_class_share)
+        image = read_image(self.source.image_path(item))
+        if image.shape[1:] != original:
+            raise DataError(
+                f"the image is {image.shape[1]} x {image.shape[2]}, its label {original[0]} x {original[1]}",
+                self.source.image_path(item),
+                "run `cluda prepare` again",
+            )
+        image = resize_region(image, size, crop.top, crop.left, crop.height, crop.width)
+        image, label = _flip(rng, image, crop.of(label))
+        inside = torch.ones_like(label, dtype=torch.bool)
+        return _pad(image, data.crop, 0), _pad(label, data.crop, IGNORE), _pad(inside, data.crop, 0)
+
+    def target_sample(self, rng: Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Image, inside and valid of one crop."""
+        item, data = self.target_items[rng.integers(len(self.target_items))], self.data
+        image = read_image(self.target.image_path(item))
+        height, width = image.shape[1:]
+        size = fit_box((height, width), data.target_box)
+        crop = random_crop(rng, size, data.crop)
+        region = (crop.top, crop.left, crop.height, crop.width)
+        top, bottom, left, right = self.margins
+        valid = torch.zeros(height, width, dtype=torch.bool)
+        valid[top : height - bottom, left : width - right] = True
+        image, valid = _flip(rng, resize_region(image, size, *region), resize_label_region(valid, size, *region))
+        inside = torch.ones_like(valid)
+        return _pad(image, data.crop, 0), _pad(inside, data.crop, 0), _pad(valid, data.crop, 0)
+
+
+def _flip(rng: Generator, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Both mirrored left to right, or neither, equally likely."""
+    return (image.flip(-1), label.flip(-1)) if rng.random() < 0.5 else (image, label)
+
+
+def _pad(region: Tensor, size: tuple[int, int], value: int) -> Tensor:
+    """... h w at the top left of ... H W."""
+    padded = region.new_full((*region.shape[:-2], *size), value)
+    padded[..., : region.shape[-2], : region.shape[-1]] = region
+    return padded
+
+
+def _iterate(loader: "DataLoader[Batch | CludaError]") -> Iterator[Batch]:
+    """Pass batches on and raise what the loader processes report."""
+    try:
+        for batch in loader:
+            if isinstance(batch, CludaError):
+                raise batch
+            yield batch
+    except (RuntimeError, OSError, EOFError) as error:
+        # A process that dies shows as the loader's own error, or as a connection that breaks off; an error that a
+        # process reports ("Caught ... in DataLoader worker") is a fault of this program and stays as it is.
+        died = str(error).startswith("DataLoader worker") or not isinstance(error, RuntimeError)
+        if not loader.num_workers or not died or "in DataLoader worker" in str(error):
+            raise
+        raise EnvironmentProblem(
+            "a loader process ended unexpectedly", "data.workers", "memory may be short: lower data.workers, or set 0"
+        ) from error
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    """Processes that start clean: a plain fork of a process with GPU and progress threads can hang."""
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # torch is imported once, not in each process
+    return context
+
+
+def _start_worker(_: int) -> None:
+    """Stopping is the training process's decision: it saves first, then ends its loaders.
+
+    Ctrl-C and a scheduler's SIGTERM reach all processes at once; a second SIGTERM is the training process's own.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

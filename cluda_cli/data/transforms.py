@@ -1,0 +1,159 @@
+"""Decode, resize, crop and normalise: the pixels of one image. H W original size, h w resized, B batch.
+
+Resizing follows OpenCV, as the published results do: INTER_LINEAR for images (half-pixel centres, clamped edges, no
+antialiasing) and INTER_NEAREST for labels. Both can compute a part of the resized frame from the pixels it needs.
+"""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from cluda_cli.errors import DataError
+
+# Statistics of ImageNet that pretrained encoders expect, RGB, for pixels in 0..255.
+MEAN = torch.tensor([123.675, 116.28, 103.53])
+STD = torch.tensor([58.395, 57.12, 57.375])
+
+BAND = 32  # rows resized at once: their float32 copies stay in a CPU's cache
+
+
+def normalise(image: Tensor) -> Tensor:
+    """uint8 [B] 3 H W -> float32 of zero mean and unit variance over ImageNet, on the same device."""
+    mean, scale = (c.to(image.device, non_blocking=True)[:, None, None] for c in (MEAN, 1 / STD))
+    return (image.float() - mean) * scale
+
+
+def denormalise(image: Tensor) -> Tensor:
+    """The inverse of `normalise`, but in 0..1: float32 [B] 3 H W. Rounding may leave the range by 1e-7."""
+    mean, std = (c.to(image.device, non_blocking=True)[:, None, None] for c in (MEAN / 255, STD / 255))
+    return image * std + mean
+
+
+def read_image(path: Path) -> Tensor:
+    """Decode an image of any mode to uint8 3 H W, RGB; alpha is dropped.
+
+    The pixel grid stays as stored (no EXIF rotation), because masks are stored on the same grid. The memory is
+    interleaved (channels last), which is how files store it and what resizing reads fastest.
+    Raises DataError if the file is missing, broken or holds floating-point pixels.
+    """
+    image = _open(path)
+    if image.mode == "F":
+        raise DataError("floating-point pixels, whose range is unknown", path, "store the image with 8 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # The high byte is what Pillow itself keeps of 16-bit colour.
+        grey = (np.clip(np.asarray(image).astype(np.int32), 0, 65535) >> 8).astype(np.uint8)  # H W
+        pixels = np.repeat(grey[:, :, None], 3, axis=2)  # H W 3
+    else:
+        image.info.pop("transparency", None)  # a colour declared transparent is a colour all the same
+        try:
+            pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))  # H W 3
+        except ValueError as error:
+            raise DataError(f"cannot be read as RGB: {error}", path, "store it as RGB") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def read_label(path: Path) -> Tensor:
+    """Decode a map of train ids to uint8 H W; of a palette image, the indices.
+
+    Raises DataError if the file is missing, broken or has more than one 8-bit channel.
+    """
+    image = _open(path)
+    if image.mode not in {"L", "P", "1"}:
+        raise DataError(f"a label has one 8-bit channel, this has mode {image.mode}", path, "run `cluda prepare` again")
+    return torch.from_numpy(np.array(image, dtype=np.uint8))
+
+
+def fit_box(size: tuple[int, int], box: tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width after resizing `size`, keeping its shape, to fit `box` in either orientation; None keeps it."""
+    if box is None:
+        return size
+    factor = min(max(box) / max(size), min(box) / min(size))
+    return max(int(size[0] * factor + 0.5), 1), max(int(size[1] * factor + 0.5), 1)
+
+
+def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize uint8 3 H W to uint8 3 h w, bilinear."""
+    return resize_region(image, size, 0, 0, *size)
+
+
+def resize_region(image: Tensor, size: tuple[int, int], top: int, left: int, height: int, width: int) -> Tensor:
+    """The part [top:top+height, left:left+width] of `image` (uint8 3 H W, on the CPU) resized to `size`.
+
+    Equal to the last bit to cropping the whole resized image.
+    """
+    if tuple(image.shape[-2:]) == tuple(size):
+        return image[:, top : top + height, left : left + width].contiguous()
+    y0, y1, wy = _taps(image.shape[1], size[0], top, height)
+    x0, x1, wx = _taps(image.shape[2], size[1], left, width)
+    first = x0[0]
+    pixels = image.permute(1, 2, 0).numpy()[:, first : x1[-1] + 1]  # H w' 3, a view
+    channels = np.arange(3)[:, None]
+    left_of, right_of = ((3 * (x - first) + channels).ravel() for x in (x0, x1))  # 3w: positions in an interleaved row
+    wx = np.tile(wx, 3)
+    result = np.empty((3, height, width), dtype=np.uint8)
+    for start in range(0, height, BAND):
+        rows = slice(start, min(start + BAND, height))
+        band = _lerp(_rows(pixels, y0[rows]), _rows(pixels, y1[rows]), wy[rows, None])  # r 3w'
+        band = _lerp(band.take(left_of, axis=1), band.take(right_of, axis=1), wx)  # r 3w, planar
+        band += 0.5
+        result[:, rows] = band.astype(np.uint8).reshape(-1, 3, width).transpose(1, 0, 2)
+    return torch.from_numpy(result)
+
+
+def resize_label_region(label: Tensor, size: tuple[int, int], top: int, left: int, height: int, width: int) -> Tensor:
+    """The part [top:top+height, left:left+width] of `label` (H W, any type, on the CPU) resized to `size`, nearest."""
+    if tuple(label.shape) == tuple(size):
+        return label[top : top + height, left : left + width].contiguous()
+    y = _nearest(label.shape[0], size[0], top, height)
+    x = _nearest(label.shape[1], size[1], left, width)
+    return torch.from_numpy(label.numpy()[y][:, x])
+
+
+def _open(path: Path) -> Image.Image:
+    """A fully decoded image. Raises DataError, whatever the decoder raises."""
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")  # the user's own large or untidy files are no news
+            image.load()
+            return image
+    except UnidentifiedImageError as error:
+        raise DataError("not an image, or of an unknown format", path) from error
+    except Exception as error:  # decoders of broken files raise nearly anything
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise DataError(f"cannot be read: {reason}", path) from error
+
+
+def _rows(pixels: NDArray[np.uint8], index: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Rows of H w 3 as float32 r 3w."""
+    return pixels[index].astype(np.float32).reshape(len(index), -1)
+
+
+def _lerp(first: NDArray[np.float32], second: NDArray[np.float32], weight: NDArray[np.float32]) -> NDArray[np.float32]:
+    """first + (second - first) * weight, in place. Separate ufuncs: a fused one would round by position in memory."""
+    second -= first
+    second *= weight
+    first += second
+    return first
+
+
+def _taps(
+    source: int, target: int, start: int, count: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """Both neighbours and the weight of the second, for `count` positions of a resized axis from `start`."""
+    position = (np.arange(start, start + count) + 0.5) * (source / target) - 0.5
+    position = position.clip(0, source - 1)
+    first = np.floor(position).astype(np.int64)
+    return first, np.minimum(first + 1, source - 1), (position - first).astype(np.float32)
+
+
+def _nearest(source: int, target: int, start: int, count: int) -> NDArray[np.int64]:
+    """The source position of `count` positions of a resized axis from `start`."""
+    scale = 1 / (target / source)  # as OpenCV computes it; source / target differs in the last bit
+    position: NDArray[np.int64] = np.floor(np.arange(start, start + count) * scale).astype(np.int64)
+    position.clip(max=source - 1, out=position)
+    return position

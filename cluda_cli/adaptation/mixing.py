@@ -1,0 +1,47 @@
+"""Class mix: pixels of some source classes pasted onto target images (ClassMix, as DACS uses it).
+
+B batch, H W pixels of the crop. Decisions are drawn on the CPU and sent to the device of the labels, so that every
+device mixes the same pixels; nothing is read back from the device.
+"""
+
+import torch
+from torch import Tensor
+
+NUM_IDS = 256  # of labels stored in a byte, IGNORE included
+
+
+def choose_classes(label: Tensor, generator: torch.Generator) -> Tensor:
+    """For every image a random half of the classes in the batch: label (B H W, ids 0..255) -> B 256, bool.
+
+    The classes are those of the whole batch, IGNORE counts as one, and a half is rounded up. So an image may lose more
+    than half of its own classes; this is how the published results were made (DACS takes the classes of each image).
+    """
+    present = torch.zeros(NUM_IDS, dtype=torch.bool, device=label.device)
+    present.scatter_(0, label.flatten().long(), True)
+    score = torch.rand(len(label), NUM_IDS, generator=generator).to(label.device, non_blocking=True)
+    score = score.masked_fill(~present, torch.inf)
+    rank = score.argsort(dim=1, stable=True).argsort(dim=1)  # B 256, 0 = smallest score
+    return rank < (present.sum() + 1) // 2
+
+
+def class_mask(label: Tensor, chosen: Tensor) -> Tensor:
+    """Where each image shows one of its chosen classes: label (B H W), chosen (B 256, bool) -> B H W, bool."""
+    return chosen.gather(1, label.flatten(1).long()).view_as(label)
+
+
+def class_mix(
+    source_image: Tensor,
+    source_label: Tensor,
+    target_image: Tensor,
+    target_label: Tensor,
+    target_weight: Tensor,
+    chosen: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Image (B 3 H W), label and weight (B H W) with the chosen source classes on top of the target.
+
+    Labels and weights are B H W, `chosen` is B 256; pixels of the source have weight 1.
+    """
+    mask = class_mask(source_label, chosen)  # B H W
+    image = torch.where(mask[:, None], source_image, target_image)
+    label = torch.where(mask, source_label, target_label)
+    return image, label, target_weight.masked_fill(mask, 1.0)

@@ -1,0 +1,76 @@
+"""The moving-average teacher: its weights, its pseudo-labels and their weight.
+
+B batch, K classes, H W pixels of the crop, h w cells of the decoder's grid.
+"""
+
+import copy
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cluda_cli import settings
+from cluda_cli.models.segmenter import Segmenter
+
+
+class Teacher(nn.Module):
+    """Moving average of the student's parameters (Mean Teacher, section 2).
+
+    `network` is what to evaluate or deploy, after `network.eval()`. The batch norms of the network normalise with the
+    target batch while pseudo-labels are made, and keep running statistics of the target on their own; the average
+    never touches them (docs/decisions/0002-teacher-batch-norm.md).
+    """
+
+    def __init__(self, student: Segmenter, teacher: settings.Teacher) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(student).requires_grad_(False)
+        self.decay, self.confidence = teacher.decay, teacher.confidence
+        self._set_modes()
+
+    def train(self, mode: bool = True) -> Self:
+        """Whatever mode is asked for, the network is set to make pseudo-labels; `network.eval()` is for evaluation."""
+        self.training = mode
+        self._set_modes()
+        return self
+
+    @torch.no_grad()
+    def update(self, student: Segmenter, step: int) -> None:
+        """Move the parameters towards the student's after `step` (>= 1) finished optimizer steps."""
+        torch._foreach_lerp_(
+            list(self.network.parameters()), list(student.parameters()), 1 - ema_decay(step, self.decay)
+        )
+
+    @torch.no_grad()
+    def pseudo_labels(self, image: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Label (B H W, int64) and weight (B H W, float32, 0..1) of normalised target images (B 3 H W).
+
+        `valid` (B H W, bool or 0..1) says where pseudo-labels may have weight. Batch norms see this batch.
+        """
+        self._set_modes()
+        return labels_and_weights(self.network(image).logits, self.confidence, valid)
+
+    def _set_modes(self) -> None:
+        """Batch norms in training mode unless the network froze them, all else (dropout, drop-path) in evaluation."""
+        self.network.train()  # the network's own rule keeps its frozen batch norms in evaluation mode
+        for module in self.network.modules():
+            if not isinstance(module, _BatchNorm):
+                module.training = False  # `module.eval()` would reach the batch norms below it
+
+
+def ema_decay(step: int, cap: float) -> float:
+    """Share of the teacher that an update keeps: min(1 - 1/(step + 1), cap), as Mean Teacher ramps it."""
+    return min(1 - 1 / (step + 1), cap)
+
+
+def labels_and_weights(logits: Tensor, confidence: float, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Pseudo-labels and their weights from logits (B K h w), at the size of `valid` (B H W, bool or 0..1).
+
+    The label is the most probable class (B H W, int64). The weight (B H W, float32) is one number for the batch, times
+    `valid`: the share of all pixels, valid or not, whose probability is at least `confidence` (DAFormer, section 3.1).
+    """
+    logits = F.interpolate(logits.float(), valid.shape[-2:], mode="bilinear", align_corners=False)  # B K H W
+    probability, label = logits.softmax(dim=1).max(dim=1)  # B H W
+    share = (probability >= confidence).float().mean()
+    return label, share * valid.float()

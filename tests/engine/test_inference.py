@@ -1,0 +1,243 @@
+"""Inference on whole images: sizes, windows, padding, memory. K classes, H W pixels."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cluda_cli.data.transforms import fit_box, normalise, resize_image
+from cluda_cli.engine import inference
+from cluda_cli.engine.inference import image_logits, overlapped, predict_labels, window_starts, write_png
+from cluda_cli.models.segmenter import Output
+from cluda_cli.settings import Evaluation
+
+K = 5
+WHOLE = Evaluation()
+
+
+class Tiny(nn.Module):
+    """A network of stride 4 that takes multiples of 8 from 32, with a batch norm and a dropout to disturb."""
+
+    pad_multiple = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, K, 5, stride=4, padding=2)
+        self.norm = nn.BatchNorm2d(K)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, image: Tensor) -> Output:
+        assert all(length % 8 == 0 and length >= 32 for length in image.shape[2:])
+        logits = self.dropout(self.norm(self.conv(image)))
+        return Output(logits, logits, ())
+
+
+@pytest.fixture
+def network() -> Tiny:
+    torch.manual_seed(0)
+    return Tiny().eval()
+
+
+def noise(height: int, width: int) -> Tensor:
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def slide(window: tuple[int, int], stride: tuple[int, int]) -> Evaluation:
+    return Evaluation(mode="slide", window=window, stride=stride)
+
+
+def resize(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
+
+
+@torch.no_grad()
+def padded_logits(network: Tiny, image: Tensor) -> Tensor:
+    """Logits at the size of normalised images, by way of padding.  # B 3 h w -> B K h w"""
+    height, width = image.shape[-2:]
+    padded = F.pad(image, (0, max(-width % 8, 32 - width), 0, max(-height % 8, 32 - height)))
+    return resize(network(padded).logits, tuple(padded.shape[-2:]))[..., :height, :width]
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "stride", "starts"),
+    [
+        (1920, 1024, 512, [0, 512, 896]),  # ACDC
+        (1080, 1024, 512, [0, 56]),
+        (2048, 1024, 512, [0, 512, 1024]),  # Cityscapes
+        (1024, 1024, 512, [0]),
+        (1025, 1024, 512, [0, 1]),
+        (500, 1024, 512, [0]),
+        (10, 4, 4, [0, 4, 6]),
+    ],
+)
+def test_windows_start_every_stride_and_are_clipped(length: int, window: int, stride: int, starts: list[int]) -> None:
+    assert window_starts(length, window, stride) == starts
+
+
+@pytest.mark.parametrize("size", [(64, 96), (61, 93), (30, 200), (7, 5), (1, 1)])
+@pytest.mark.parametrize("box", [None, (32, 48), (45, 77)])
+def test_whole_image_is_resized_padded_and_brought_back(
+    network: Tiny, size: tuple[int, int], box: tuple[int, int] | None
+) -> None:
+    image = noise(*size)
+    resized = normalise(resize_image(image, fit_box(size, box)))
+    expected = resize(padded_logits(network, resized[None]), size)[0]
+    found = image_logits(network, image, box, WHOLE)
+    assert found.shape == (K, *size) and found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+def test_padding_does_not_change_an_image_that_needs_none(network: Tiny) -> None:
+    image = noise(40, 56)
+    with torch.no_grad():
+        direct = resize(network(normalise(image)[None]).logits, (40, 56))[0]
+    torch.testing.assert_close(image_logits(network, image, None, WHOLE), direct, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [(48, 72), (64, 72), (1024, 1024)])
+def test_one_window_over_the_image_equals_the_whole_image(network: Tiny, window: tuple[int, int]) -> None:
+    image = noise(96, 144)  # 48 x 72 in its box
+    whole = image_logits(network, image, (48, 72), WHOLE)
+    torch.testing.assert_close(image_logits(network, image, (48, 72), slide(window, (16, 16))), whole)
+
+
+@pytest.mark.parametrize(
+    ("size", "corners"),
+    [
+        ((45, 61), [(y, x) for y in (0, 16, 21) for x in (0, 24, 29)]),
+        ((24, 56), [(0, 0), (0, 24)]),
+        ((20, 50), [(0, 0), (0, 18)]),
+    ],
+)
+def test_overlapping_windows_are_averaged(network: Tiny, size: tuple[int, int], corners: list[tuple[int, int]]) -> None:
+    image, (high, wide) = noise(*size), (min(24, size[0]), 32)
+    pixels, total, cover = normalise(image), torch.zeros(K, *size), torch.zeros(size)
+    for y, x in corners:
+        total[:, y : y + high, x : x + wide] += padded_logits(network, pixels[None, :, y : y + high, x : x + wide])[0]
+        cover[y : y + high, x : x + wide] += 1
+    assert cover.min() == 1 and cover.max() > 1
+    found = image_logits(network, image, None, slide((24, 32), (16, 24)))
+    torch.testing.assert_close(found, total / cover, rtol=0, atol=2e-5)
+
+
+def test_number_of_windows_at_once_does_not_matter(network: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[int] = []
+    network.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
+    found = []
+    for at_once in (1, 4, 100):
+        monkeypatch.setattr(inference, "WINDOWS_AT_ONCE", at_once)
+        found.append(image_logits(network, noise(45, 61), None, slide((24, 32), (16, 24))))
+    assert batches == [1] * 9 + [4, 4, 1] + [9]
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
+
+
+@pytest.mark.parametrize("evaluation", [WHOLE, slide((24, 32), (16, 24))])
+@pytest.mark.parametrize("pixels", [1, 700, 2**20])
+def test_labels_made_in_bands_equal_the_argmax(
+    network: Tiny, monkeypatch: pytest.MonkeyPatch, evaluation: Evaluation, pixels: int
+) -> None:
+    monkeypatch.setattr(inference, "PIXELS_AT_ONCE", pixels)
+    image = noise(61, 93)
+    label, confidence = predict_labels(network, image, (32, 48), evaluation)
+    probability = image_logits(network, image, (32, 48), evaluation).softmax(0)
+    assert label.dtype == torch.uint8 and confidence.dtype == torch.float32
+    assert torch.equal(label.long(), probability.argmax(0))
+    torch.testing.assert_close(confidence, probability.amax(0), rtol=0, atol=1e-6)
+
+
+class Largest(TorchDispatchMode):
+    """Number of elements of the largest tensor that any operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("box", [None, (64, 96)])
+def test_labels_of_a_large_image_need_no_logits_of_its_size(
+    network: Tiny, monkeypatch: pytest.MonkeyPatch, box: tuple[int, int] | None
+) -> None:
+    monkeypatch.setattr(inference, "PIXELS_AT_ONCE", 8 * 600)
+    image = noise(400, 600)
+    with Largest() as largest:
+        predict_labels(network, image, box, WHOLE)
+    assert 0 < largest.elements <= image.numel()  # 3 H W, not K H W
+    with Largest() as largest:
+        image_logits(network, image, box, WHOLE)
+    assert largest.elements == K * 400 * 600
+
+
+def test_modes_statistics_and_gradients_are_left_alone(network: Tiny) -> None:
+    network.train()
+    network.norm.eval()  # frozen
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    first = image_logits(network, noise(32, 32), None, WHOLE)
+    assert torch.equal(first, image_logits(network, noise(32, 32), None, WHOLE))  # no dropout
+    predict_labels(network, noise(32, 32), None, slide((24, 32), (16, 24)))
+    assert network.training and network.dropout.training and not network.norm.training
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert not first.requires_grad
+
+
+def test_modes_come_back_after_an_error(network: Tiny) -> None:
+    network.train()
+    network.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        image_logits(network, noise(32, 32), None, WHOLE)
+    assert network.training
+
+
+def test_overlapped_keeps_order_and_looks_only_a_few_items_ahead() -> None:
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for i in range(30):
+            taken.append(i)
+            yield i
+
+    def slow_first(i: int) -> int:
+        time.sleep(0.02 if i % 4 == 0 else 0)
+        return i * i
+
+    results = overlapped(slow_first, items())
+    assert next(results) == 0
+    assert len(taken) <= 2 * inference.THREADS
+    assert list(results) == [i * i for i in range(1, 30)]
+
+
+def test_overlapped_raises_at_the_item_and_begins_nothing_more() -> None:
+    begun: list[int] = []
+
+    def fail_at_three(i: int) -> int:
+        begun.append(i)
+        if i == 3:
+            raise ValueError("three")
+        return i
+
+    results = overlapped(fail_at_three, range(100))
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="three"):
+        next(results)
+    assert max(begun) <= 3 + inference.THREADS
+
+
+def test_png_round_trip(tmp_path: Path) -> None:
+    image = noise(9, 7).permute(1, 2, 0).numpy()
+    for name, pixels, mode in (("color.png", image, "RGB"), ("grey.png", image[..., 0], "L")):
+        write_png(tmp_path / "new" / name, pixels)
+        with Image.open(tmp_path / "new" / name) as file:
+            assert file.mode == mode and np.array_equal(np.asarray(file), pixels)

@@ -1,0 +1,125 @@
+"""Confusion counts, IoU, protocols. K classes, H W pixels."""
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from cluda_cli.data.labels import CAMVID, CITYSCAPES, PROTOCOLS, ClassTable
+from cluda_cli.engine.metrics import Confusion, Scores
+
+CITY = ClassTable(CITYSCAPES)
+SYNTHIA_SEEN = tuple(name for name in CITY.names if name not in {"terrain", "truck", "train"})
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("at_once", [True, False])
+def test_equal_to_the_reference(golden: Callable[[str], Any], at_once: bool) -> None:
+    tensors, description = golden("11_metrics/all_classes")
+    confusion = Confusion(19)
+    pairs = [(tensors["in.pred"], tensors["in.gt"])]
+    for prediction, label in pairs if at_once else zip(*pairs[0], strict=True):
+        confusion.update(prediction, label)
+    assert confusion.counts.dtype == torch.int64
+    assert torch.equal(confusion.counts, tensors["out.confusion"])
+    torch.testing.assert_close(confusion.iou, tensors["out.IoU"], rtol=0, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(confusion.accuracy, tensors["out.Acc"], rtol=0, atol=1e-6, equal_nan=True)
+    assert confusion.pixel_accuracy == pytest.approx(tensors["out.aAcc"].item(), abs=1e-6)
+    scores = Scores(CITY, CITY.names, CITY.names, confusion, 4)
+    assert scores.miou == pytest.approx(100 * description["settings"]["mIoU"], abs=1e-4)
+    assert scores.mean_accuracy == pytest.approx(100 * description["settings"]["mAcc"], abs=1e-4)
+    reported = description["settings"]["reported_percent"]
+    assert round(scores.miou, 2) == reported["IoU"] and round(scores.pixel_accuracy, 2) == reported["aAcc"]
+
+
+def test_ignored_pixels_do_not_count_and_absent_classes_are_nan() -> None:
+    confusion = Confusion(4)
+    confusion.update(torch.tensor([0, 0, 1, 2, 0], dtype=torch.uint8), torch.tensor([0, 255, 0, 0, 255]))
+    assert confusion.counts.tolist() == [[1, 1, 1, 0], [0] * 4, [0] * 4, [0] * 4]
+    iou, accuracy = confusion.iou.tolist(), confusion.accuracy.tolist()
+    assert iou[:3] == [pytest.approx(1 / 3), 0, 0] and math.isnan(iou[3])  # predicted only: 0; neither: none
+    assert accuracy[0] == pytest.approx(1 / 3) and all(map(math.isnan, accuracy[1:]))
+
+
+def test_counts_stay_exact_where_float32_would_not() -> None:
+    confusion = Confusion(2)
+    confusion.counts[0, 0] = 2**24  # float32 cannot add 1 to this
+    confusion.update(torch.zeros(1, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8))
+    assert confusion.counts[0, 0] == 2**24 + 1
+
+
+def test_predictions_of_further_classes_are_errors_of_the_labelled_class() -> None:
+    confusion = Confusion(2, 4)
+    confusion.update(torch.tensor([0, 3, 2, 1]), torch.tensor([0, 0, 1, 1]))
+    assert confusion.iou.tolist() == [0.5, 0.5]
+    assert confusion.pixel_accuracy == 0.5
+
+
+def scores_of(
+    iou: dict[str, float], seen: tuple[str, ...] = CITY.names, defined: tuple[str, ...] = CITY.names
+) -> Scores:
+    """Scores in which class c has the given IoU: that share of 100 labelled pixels is right, the rest is lost.
+
+    What is lost goes to a further column, so that no other class is touched.
+    """
+    confusion = Confusion(19, 20)
+    for name, value in iou.items():
+        i = CITY.names.index(name)
+        confusion.counts[i, i], confusion.counts[i, 19] = round(100 * value), 100 - round(100 * value)
+    return Scores(CITY, seen, defined, confusion, 1)
+
+
+def test_synthia_protocols_average_exactly_their_classes() -> None:
+    # DAFormer's published SYNTHIA -> Cityscapes row: 60.9 over 16 classes, 67.4 over 13.
+    values = [84.5, 40.7, 88.4, 41.5, 6.5, 50.0, 55.0, 54.6, 86.0, 89.8, 73.2, 48.2, 87.2, 53.2, 53.9, 61.7]
+    iou = {name: value / 100 for name, value in zip(PROTOCOLS["16"], values, strict=True)}
+    unseen = {"terrain": 0.0, "truck": 0.0, "train": 0.0}  # in the labels, never predicted
+    scores = scores_of(iou | unseen, SYNTHIA_SEEN)
+    protocols = scores.protocols()
+    rounded = [round(value) for value in values]  # the counts above are whole percents
+    assert protocols["16"]["miou"] == pytest.approx(sum(rounded) / 16, abs=0.05)
+    assert protocols["16"]["miou"] == pytest.approx(60.9, abs=0.2)
+    assert protocols["13"]["miou"] == pytest.approx(67.4, abs=0.2)
+    assert protocols["all"]["miou"] == protocols["16"]["miou"] == round(scores.miou, 2)
+    assert protocols["all"]["miou_with_unseen"] == pytest.approx(protocols["16"]["miou"] * 16 / 19, abs=0.01)
+    assert scores.unseen == ("terrain", "truck", "train")
+    for protocol in protocols.values():
+        assert list(protocol["classes"]) == list(CITY.names)
+        assert all(protocol["classes"][name] is None for name in unseen)  # never 0
+    left_out = {name for name, value in protocols["13"]["classes"].items() if value is None}
+    assert left_out == {*unseen, "wall", "fence", "pole"}
+
+
+def test_class_of_a_protocol_counts_there_even_if_the_source_lacked_it() -> None:
+    seen = tuple(name for name in SYNTHIA_SEEN if name != "bus")
+    protocols = scores_of(dict.fromkeys(SYNTHIA_SEEN, 1.0) | {"bus": 0.0}, seen).protocols()
+    assert protocols["16"]["miou"] == 93.75 and protocols["16"]["classes"]["bus"] == 0
+    assert protocols["all"]["miou"] == 100 and protocols["all"]["classes"]["bus"] is None
+
+
+def test_absent_class_is_left_out_of_every_mean() -> None:
+    scores = scores_of({"road": 1.0, "sky": 0.5})
+    assert scores.miou == 75
+    protocols = scores.protocols()
+    assert [protocols[name]["miou"] for name in ("all", "16", "13")] == [75, 75, 75]
+    assert protocols["all"]["classes"]["train"] is None
+    assert math.isnan(scores.iou_by_name()["train"])
+
+
+def test_class_that_the_labels_cannot_have_is_not_scored() -> None:
+    scores = scores_of({"road": 1.0, "sky": 0.5}, defined=("road", "sky"))
+    scores.confusion.counts[0, 11] = 100  # road taken for person
+    assert scores.miou == 50  # road 50, sky 50; person has no IoU, though it was predicted
+    assert scores.protocols()["all"]["classes"]["person"] is None
+
+
+def test_other_classes_have_no_protocols_and_nothing_scored_is_none() -> None:
+    table = ClassTable(CAMVID)
+    scores = Scores(table, table.names, table.names, Confusion(len(table)), 0)
+    protocols = scores.protocols()
+    assert list(protocols) == ["all"]
+    assert protocols["all"]["miou"] is None and math.isnan(scores.miou)
+    json.dumps(protocols, allow_nan=False)

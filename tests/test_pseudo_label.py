@@ -1,0 +1,225 @@
+"""The verb `pseudo-label`: its result is a dataset whose index, labels, confidences and manifest agree."""
+
+import hashlib
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cluda_cli.data.index import Index, Item, find
+from cluda_cli.data.labels import CITYSCAPES, IGNORE, ClassTable
+from cluda_cli.data.transforms import read_image
+from cluda_cli.engine.checkpoint import save_weights
+from cluda_cli.engine.inference import predict_labels
+from cluda_cli.errors import DataError, SettingsError
+from cluda_cli.models.segmenter import Segmenter
+from cluda_cli.pseudo_label import median_thresholds, pseudo_label
+from cluda_cli.settings import Data, Decoder, Evaluation, Model, Objectives, Settings
+
+TABLE = ClassTable(CITYSCAPES[:6])
+SIZES = [(40, 72), (33, 51), (24, 24)]
+
+
+@cache
+def make_network() -> Segmenter:
+    """Random, but with predictions of many classes and confidences."""
+    torch.manual_seed(0)
+    model = Model(encoder="mobilenetv2_050", weights=False, decoder=Decoder(embed_dim=8, channels=8))
+    network = Segmenter(model, len(TABLE))
+    torch.nn.init.normal_(network.decoder.conv_seg.weight, std=5)
+    return network.eval()
+
+
+def make_checkpoint(root: Path, margins: tuple[int, int, int, int] | None = None) -> Path:
+    settings = Settings(
+        data=Data(target="toy", root=root, target_box=(32, 64), target_margins=margins),
+        model=Model(encoder="mobilenetv2_050", weights=False, decoder=Decoder(embed_dim=8, channels=8)),
+        objectives=Objectives(feature_distance=None),
+    )
+    path = root / "run" / "best.safetensors"
+    save_weights(path, make_network(), settings, TABLE, TABLE.names, "student", 7)
+    return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Index:
+    """Unlabelled images, two of them with the same stem."""
+    root, draw = tmp_path / "toy", np.random.default_rng(0)
+    items = []
+    for name, (height, width) in zip(["a/1.png", "b/1.jpg", "2.x.png"], SIZES, strict=True):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        blocks = draw.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+        pixels = blocks.repeat(8, axis=0).repeat(8, axis=1)[:height, :width]
+        Image.fromarray(pixels).save(root / name)
+        items.append(Item(name, None, (height, width)))
+    index = Index("toy", tmp_path / "prepared" / "toy", root, ClassTable(CITYSCAPES), {"train": tuple(items)})
+    index.save()
+    return index
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path)
+
+
+def truth(data: Index) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Labels and confidences of all images, by the network itself."""
+    network = make_network()
+    pairs = [
+        predict_labels(network, read_image(data.image_path(i)), (32, 64), Evaluation()) for i in data.split("train")
+    ]
+    return [(label.numpy(), confidence.numpy()) for label, confidence in pairs]
+
+
+def opened(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        assert image.mode == "L"
+        return np.array(image)
+
+
+def labels(folder: Path) -> list[np.ndarray]:
+    index = Index.load(folder)
+    return [opened(index.label_path(item)) for item in index.split("train")]
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def test_result_is_a_dataset_that_agrees_with_its_files(
+    checkpoint: Path, data: Index, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = pseudo_label(checkpoint, threshold=0.7, device="cpu")
+    assert folder == checkpoint.parent / "pseudo-labels" / "toy-train"
+    text, talk = capsys.readouterr()
+    assert text == f"{folder}\n" and f"cluda train --source {folder}" in talk
+    index = find(str(folder), Path("nowhere"))  # what `train --source FOLDER` does
+    assert index.classes == TABLE and list(index.splits) == ["train"] and index.margins == (0, 0, 0, 0)
+    items = index.split("train")
+    assert [item.size for item in items] == SIZES
+    assert [index.image_path(item).resolve() for item in items] == [
+        data.image_path(item).resolve() for item in data.split("train")
+    ]
+    assert len({item.label for item in items}) == 3
+    for item, (label, confidence) in zip(items, truth(data), strict=True):
+        found = opened(index.label_path(item))
+        assert np.array_equal(found, np.where(confidence >= np.float32(0.7), label, IGNORE))
+        ids, counts = np.unique(found[found != IGNORE], return_counts=True)
+        assert item.pixels == dict(zip(ids.tolist(), counts.tolist(), strict=True))
+        level = opened(folder / "confidence" / Path(item.label or "").relative_to("labels"))
+        assert np.array_equal(level, np.rint(confidence * np.float32(255)).astype(np.uint8))
+
+
+def test_manifest_says_what_was_done(checkpoint: Path, data: Index, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = pseudo_label(checkpoint, threshold=0.7, device="cpu", as_json=True)
+    found = manifest(folder)
+    assert json.loads(capsys.readouterr().out) == {"folder": str(folder)} | found
+    assert found["checkpoint"] == str(checkpoint)
+    assert found["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert (found["dataset"], found["split"], found["fingerprint"]) == ("toy", "train", data.fingerprint)
+    assert found["thresholds"] == dict.fromkeys(TABLE.names, 0.7)
+    written = np.concatenate([label.ravel() for label in labels(folder)])
+    kept = written[written != IGNORE]
+    assert 0 < found["coverage"] < 1 and found["coverage"] == pytest.approx(kept.size / written.size)
+    for i, name in enumerate(TABLE.names):
+        count = int((kept == i).sum())
+        assert found["classes"][name] == {"pixels": count, "share": pytest.approx(count / kept.size)}
+    confidence = np.concatenate([confidence.ravel() for _, confidence in truth(data)])
+    assert found["mean_confidence"] == pytest.approx(float(confidence.mean()), abs=1e-3)
+    assert found["images"] == 3 and found["per_class"] is False
+
+
+def test_threshold_zero_keeps_all_and_one_nearly_nothing(checkpoint: Path, data: Index, tmp_path: Path) -> None:
+    everything = pseudo_label(checkpoint, threshold=0, device="cpu", out=tmp_path / "all")
+    assert manifest(everything)["coverage"] == 1
+    for found, (label, _) in zip(labels(everything), truth(data), strict=True):
+        assert np.array_equal(found, label)
+    for threshold in (-0.1, 1.1):
+        with pytest.raises(SettingsError):
+            pseudo_label(checkpoint, threshold=threshold, device="cpu", out=tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
+def test_per_class_thresholds_are_medians(checkpoint: Path, data: Index) -> None:
+    folder = pseudo_label(checkpoint, per_class=True, device="cpu")
+    thresholds = manifest(folder)["thresholds"]
+    pairs = truth(data)
+    label = np.concatenate([label.ravel() for label, _ in pairs])
+    confidence = np.concatenate([confidence.ravel() for _, confidence in pairs])
+    written = np.concatenate([label.ravel() for label in labels(folder)])
+    predicted = np.unique(label)
+    assert len(predicted) > 2
+    for i, name in enumerate(TABLE.names):
+        if i not in predicted:
+            assert thresholds[name] is None
+            continue
+        median = np.quantile(confidence[label == i], 0.5, method="lower")  # of an even number, the lower one
+        assert thresholds[name] == pytest.approx(min(median, 0.9), abs=0.002)
+        assert (written[label == i] != IGNORE).mean() >= 0.5
+        levels = np.rint(confidence * np.float32(255))
+        keep = (label == i) & (levels / 255 >= thresholds[name])
+        assert np.array_equal(written == i, keep)
+    index = Index.load(folder)
+    assert index.class_pixels("train") == [int((written == i).sum()) for i in range(len(TABLE))]
+    assert any(value is not None and value < 0.9 for value in thresholds.values())
+
+
+def test_median_of_levels() -> None:
+    histogram = torch.zeros(4, 256, dtype=torch.int64)
+    histogram[0, [51, 102, 153]] = torch.tensor([5, 1, 5])  # the middle one of 11
+    histogram[1, [51, 255]] = torch.tensor([1, 3])  # capped
+    histogram[2, 204] = 1
+    assert median_thresholds(histogram) == [pytest.approx(0.4), 0.9, pytest.approx(0.8), None]
+
+
+@pytest.mark.parametrize("per_class", [False, True])
+def test_margins_get_no_labels(data: Index, tmp_path: Path, per_class: bool) -> None:
+    replace(data, margins=(2, 30, 4, 5)).save()  # the last image is 24 high: nothing is left of it
+    folder = pseudo_label(make_checkpoint(tmp_path), threshold=0, per_class=per_class, device="cpu")
+    assert Index.load(folder).margins == (2, 30, 4, 5)
+    for found, (label, _), (height, width) in zip(labels(folder), truth(data), SIZES, strict=True):
+        inner = np.zeros_like(label, dtype=bool)
+        inner[2 : max(height - 30, 0), 4 : width - 5] = True
+        assert (found[~inner] == IGNORE).all()
+        if not per_class:
+            assert np.array_equal(found[inner], label[inner])
+
+
+def test_margins_of_the_run_hold_for_its_target_only(data: Index, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path, margins=(0, 8, 0, 0))
+    own = pseudo_label(checkpoint, threshold=0, device="cpu", out=tmp_path / "own")
+    named = pseudo_label(checkpoint, dataset="toy", threshold=0, device="cpu", out=tmp_path / "named")
+    assert (labels(own)[0][-8:] == IGNORE).all() and (labels(own)[0][:-8] != IGNORE).all()
+    assert (labels(named)[0] != IGNORE).all()
+
+
+def test_taken_folder_is_refused_and_kept(checkpoint: Path, data: Index, tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "thesis.txt").write_text("mine")
+    with pytest.raises(SettingsError, match="not empty"):
+        pseudo_label(checkpoint, device="cpu", out=taken)
+    assert [path.name for path in taken.iterdir()] == ["thesis.txt"]
+    with pytest.raises(SettingsError, match="none of pseudo-labels"):
+        pseudo_label(checkpoint, device="cpu", out=data.folder, overwrite=True)
+    assert Index.load(data.folder).name == "toy"
+    folder = pseudo_label(checkpoint, threshold=0, device="cpu")
+    with pytest.raises(SettingsError):
+        pseudo_label(checkpoint, threshold=0.5, device="cpu")
+    pseudo_label(checkpoint, threshold=0.5, device="cpu", overwrite=True)
+    assert manifest(folder)["thresholds"]["road"] == 0.5
+
+
+def test_failed_run_leaves_no_dataset(checkpoint: Path, data: Index) -> None:
+    broken = data.image_path(data.split("train")[2])
+    broken.write_bytes(broken.read_bytes()[:60])
+    with pytest.raises(DataError, match="cannot be read|not an image"):
+        pseudo_label(checkpoint, device="cpu")
+    folder = checkpoint.parent / "pseudo-labels" / "toy-train"
+    assert not (folder / "index.json").exists() and not (folder / "manifest.json").exists()

@@ -1,0 +1,121 @@
+"""Files of a run: deployable weights, which need nothing else, and the state from which a run goes on.
+
+Neither is ever unpickled: weights are safetensors, state is read with `weights_only=True`. Both appear atomically.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from cluda_cli import __version__, presets
+from cluda_cli.data.labels import ClassTable
+from cluda_cli.errors import CludaError, DataError
+from cluda_cli.files import atomic
+from cluda_cli.models.segmenter import Segmenter
+from cluda_cli.settings import Settings
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """A weights file, ready to use."""
+
+    network: Segmenter
+    """On its device, in eval mode."""
+    settings: Settings
+    """The resolved settings of the run that made it."""
+    classes: ClassTable
+    """Position = output channel."""
+    seen: tuple[str, ...]
+    """Names of the classes that occurred in the source labels."""
+    network_name: str
+    """Which network of the run it is: student or teacher."""
+    step: int
+    path: Path
+
+
+def save_weights(
+    path: Path,
+    network: Segmenter,
+    settings: Settings,
+    classes: ClassTable,
+    seen: Sequence[str],
+    network_name: str,
+    step: int,
+) -> None:
+    """Write one network with all that is needed to run it, atomically."""
+    description = {
+        "format": FORMAT,
+        "version": __version__,
+        "settings": settings.model_dump(mode="json"),
+        "classes": classes.to_json(),
+        "seen": list(seen),
+        "network": network_name,
+        "step": step,
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    with atomic(path) as temporary:
+        save_file(tensors, temporary, metadata={"cluda": json.dumps(description)})
+
+
+def load_weights(path: Path, device: torch.device) -> Deployed:
+    """Read a weights file. Raises DataError if it is missing, damaged or not one of ours."""
+    if not path.is_file():
+        raise DataError("no such weights file", path, "give the best.safetensors or last.safetensors of a run")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = (file.metadata() or {}).get("cluda")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DataError(f"not a readable safetensors file ({error})", path, "copy it again, or train again") from error
+    if metadata is None:
+        raise DataError("holds no description of the network", path, "give weights that `cluda train` wrote")
+    try:
+        description = json.loads(metadata)
+        if description["format"] != FORMAT:
+            raise DataError(f"weights format {description['format']}, expected {FORMAT}", path, "use a newer cluda")
+        settings = presets.validate(description["settings"])
+        classes = ClassTable.from_json(description["classes"])
+        network = Segmenter(settings.model, len(classes))
+        network.load_state_dict(tensors)
+        seen, network_name, step = tuple(description["seen"]), description["network"], description["step"]
+    except (ValueError, KeyError, TypeError, RuntimeError, CludaError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"does not fit this version of cluda ({_first_line(error)})", path, "train again") from error
+    return Deployed(network.to(device).eval(), settings, classes, seen, network_name, step, path)
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write resumable state atomically: the previous good file is replaced only by a complete one."""
+    with atomic(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_state(path: Path, device: torch.device) -> dict[str, Any]:
+    """Read resumable state without executing anything. Raises DataError if it is missing or damaged."""
+    if not path.is_file():
+        raise DataError("no saved state", path, "the run never reached its first save; start it again")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for damaged files
+        raise DataError(f"saved state cannot be read ({_first_line(error)})", path) from error
+    return state
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

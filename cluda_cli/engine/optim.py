@@ -1,0 +1,46 @@
+"""Parameter groups, warm-up and polynomial decay (DAFormer, section 3.4 and its released settings)."""
+
+import torch
+from torch import nn
+
+from cluda_cli import settings
+
+
+def build_optimizer(student: nn.Module, objectives: nn.Module, optimizer: settings.Optimizer) -> torch.optim.AdamW:
+    """AdamW over what is trainable, in three groups; each keeps its base learning rate as `base_lr`.
+
+    decoder (with its norms and biases) and heads of objectives: lr x decoder_lr_factor, decayed weights;
+    encoder parameters with "norm" in their name: lr, weights not decayed; the rest of the encoder: lr, decayed.
+    """
+    encoder, norm, decoder = [], [], []
+    for name, parameter in student.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        group = decoder if name.startswith("decoder.") else norm if "norm" in name else encoder
+        group.append(parameter)
+    decoder += [parameter for parameter in objectives.parameters() if parameter.requires_grad]
+    fast = optimizer.lr * optimizer.decoder_lr_factor
+    groups = [
+        {"name": "encoder", "params": encoder, "base_lr": optimizer.lr, "weight_decay": optimizer.weight_decay},
+        {"name": "encoder norm", "params": norm, "base_lr": optimizer.lr, "weight_decay": 0.0},
+        {"name": "decoder", "params": decoder, "base_lr": fast, "weight_decay": optimizer.weight_decay},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=optimizer.lr)
+
+
+def set_learning_rate(adamw: torch.optim.Optimizer, optimizer: settings.Optimizer, step: int, steps: int) -> None:
+    """Set every group to its base learning rate times the factor of this step."""
+    factor = learning_rate_factor(optimizer, step, steps)
+    for group in adamw.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+def learning_rate_factor(optimizer: settings.Optimizer, step: int, steps: int) -> float:
+    """Factor of the base learning rate in step 0 <= step < steps.
+
+    (1 - step/steps)^power, during the warm-up times 1 - (1 - step/warmup)(1 - warmup_ratio).
+    """
+    factor = (1 - step / steps) ** optimizer.power
+    if step < optimizer.warmup:
+        factor *= 1 - (1 - step / optimizer.warmup) * (1 - optimizer.warmup_ratio)
+    return float(factor)

@@ -1,0 +1,57 @@
+"""Pictures of what a step saw. H W pixels of the crop."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from cluda_cli.adaptation.views import View
+from cluda_cli.data.streams import Batch
+from cluda_cli.data.transforms import denormalise, normalise
+from cluda_cli.engine.run import Run
+from cluda_cli.files import atomic
+
+GAP = 4  # pixels between tiles
+
+
+def write_pictures(path: Path, run: Run, batch: Batch, views: Sequence[View]) -> None:
+    """One PNG, a row per image of the batch: source, its label, target, pseudo-label, mixed, its label, prediction.
+
+    The prediction is the student's on the target. Columns of views that the step did not make are left out. Nothing
+    of the run changes.
+    """
+    colors = torch.tensor(run.classes.palette(), dtype=torch.uint8).view(256, 3)
+    rows = []
+    by_name = {view.name: view for view in views}
+    mixed = by_name.get("mixed")
+    prediction = _predict(run, batch)
+    for i in range(len(batch.source_image)):
+        tiles = [batch.source_image[i], _paint(batch.source_label[i], colors), batch.target_image[i]]
+        if mixed is not None:
+            if mixed.pseudo_label is not None:
+                tiles.append(_paint(mixed.pseudo_label[i], colors))
+            image = (denormalise(mixed.image[i]).clamp(0, 1) * 255).round().to(torch.uint8)
+            tiles += [image, _paint(mixed.label[i], colors)]
+        tiles.append(_paint(prediction[i], colors))
+        rows.append(torch.cat([F.pad(tile.cpu(), (0, GAP), value=255) for tile in tiles], dim=2))  # 3 H (n W)
+    sheet = torch.cat([F.pad(row, (0, 0, 0, GAP), value=255) for row in rows], dim=1)
+    with atomic(path) as temporary:
+        Image.fromarray(sheet.permute(1, 2, 0).contiguous().numpy()).save(temporary)
+
+
+@torch.no_grad()
+def _predict(run: Run, batch: Batch) -> Tensor:
+    """Student's train ids on the target images.  # B H W"""
+    training = run.student.training
+    run.student.eval()
+    logits = run.student(normalise(batch.target_image)).logits
+    run.student.train(training)
+    return F.interpolate(logits, batch.target_image.shape[-2:], mode="bilinear", align_corners=False).argmax(1)
+
+
+def _paint(label: Tensor, colors: Tensor) -> Tensor:
+    """Train ids H W -> RGB 3 H W; ignored pixels are black."""
+    return colors[label.cpu().long()].permute(2, 0, 1)

@@ -1,0 +1,77 @@
+"""All state of a run in one object: what changes during training is here, and what is here is saved."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from cluda_cli.adaptation.teacher import Teacher
+from cluda_cli.data.index import Index, seen_classes
+from cluda_cli.engine.optim import build_optimizer
+from cluda_cli.errors import RunError
+from cluda_cli.models.encoders import LoadReport, load_pretrained
+from cluda_cli.models.segmenter import Output, Segmenter
+from cluda_cli.objectives import build_objectives
+from cluda_cli.seeds import derive_seed
+from cluda_cli.settings import Settings
+
+
+class Run:
+    """Student, teacher, objectives, optimizer and counters.
+
+    `step` is the number of finished optimizer steps, `validated` the step of the last validation, `best` the best
+    validation score with its step. The class table and the seen classes follow from the source and are not state.
+    """
+
+    def __init__(self, settings: Settings, source: Index, device: torch.device) -> None:
+        self.settings, self.device = settings, device
+        self.classes, self.seen = source.classes, seen_classes(source)
+        with torch.random.fork_rng(devices=[]):  # layers initialise themselves from the global generator
+            torch.manual_seed(derive_seed(settings.training.seed, "initialise"))
+            self.student = Segmenter(settings.model, len(source.classes))
+            self.weights: LoadReport | None = load_pretrained(self.student.encoder, settings.model)
+            self.objectives = build_objectives(settings.objectives, self.student.encoder, source.classes)
+        self.student.to(device)
+        self.objectives.to(device)
+        compiled = settings.training.compile and device.type == "cuda"
+        self.forward: Callable[[torch.Tensor], Output] = torch.compile(self.student) if compiled else self.student
+        self.teacher = Teacher(self.student, settings.teacher)
+        self.optimizer = build_optimizer(self.student, self.objectives, settings.optimizer)
+        self.step = 0
+        self.validated = 0
+        self.best: dict[str, float] | None = None
+
+    @property
+    def evaluated(self) -> Segmenter:
+        """The network that is validated and deployed."""
+        return self.student if self.settings.evaluation.network == "student" else self.teacher.network
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "student": self.student.state_dict(),
+            "teacher": self.teacher.state_dict(),
+            "objectives": self.objectives.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "validated": self.validated,
+            "best": self.best,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises RunError if the state is of another network or other objectives."""
+        try:
+            self.student.load_state_dict(state["student"])
+            self.teacher.load_state_dict(state["teacher"])
+            self.objectives.load_state_dict(state["objectives"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.validated, self.best = state["step"], state["validated"], state["best"]
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise RunError(
+                f"saved state does not fit the settings ({str(error).splitlines()[0]})",
+                "--resume",
+                "resume with the network and objectives that the run began with",
+            ) from error
+
+    def buffers(self) -> list[torch.Tensor]:
+        """Every buffer that a forward may change."""
+        return [b for module in (self.student, self.teacher, self.objectives) for b in module.buffers()]

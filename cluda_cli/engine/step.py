@@ -1,0 +1,80 @@
+"""One training step: views -> outputs -> terms -> update.
+
+One forward and one backward per view gives the gradient of the sum of all terms and keeps one graph alive at a time.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cluda_cli.adaptation.views import View, make_views
+from cluda_cli.data.streams import Batch
+from cluda_cli.engine.optim import set_learning_rate
+from cluda_cli.engine.run import Run
+from cluda_cli.errors import RunError
+from cluda_cli.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step has to tell."""
+
+    terms: dict[str, Tensor]
+    """"view/objective" -> unweighted value, a detached scalar on the device."""
+    views: list[View]
+    """What the student saw, for pictures."""
+
+
+def training_step(run: Run, batch: Batch) -> StepResult:
+    """Advance the run by one optimizer step on a batch that lies on the run's device.
+
+    Raises RunError naming the term and the step if a loss or the gradient is not finite; parameters, buffers and
+    counters are then as they were before the step, so the state is still good to save.
+    """
+    seed, step = run.settings.training.seed, run.step
+    objectives = {n: o for n, o in run.objectives.items() if step >= o.settings.start and o.settings.weight > 0}
+    wanted = frozenset().union(*(o.views for o in objectives.values()))
+    before = [(buffer, buffer.clone()) for buffer in run.buffers()]
+    run.student.train()
+    run.optimizer.zero_grad(set_to_none=True)
+    terms: dict[str, Tensor] = {}
+    views: list[View] = []
+    for view in make_views(batch, run.teacher, wanted, run.settings.mixing, seed, step):
+        views.append(view)
+        values, total = _view_terms(run, view, {n: o for n, o in objectives.items() if view.name in o.views})
+        terms |= values
+        total.backward()
+    broken = [name for name, value in terms.items() if not torch.isfinite(value)]
+    if not broken and not torch.isfinite(_gradient_norm(run)):
+        broken = ["gradient"]
+    if broken:
+        for buffer, value in before:
+            buffer.copy_(value)
+        raise RunError(f"{', '.join(broken)} is not finite in step {step}", "training", _REMEDY)
+    set_learning_rate(run.optimizer, run.settings.optimizer, step, run.settings.training.steps)
+    run.optimizer.step()
+    run.step += 1
+    run.teacher.update(run.student, run.step)
+    return StepResult(terms, views)
+
+
+_REMEDY = "the state before this step is saved; look at the input, or resume with a lower optimizer.lr"
+
+
+def _view_terms(run: Run, view: View, objectives: dict[str, torch.nn.Module]) -> tuple[dict[str, Tensor], Tensor]:
+    """Forward the student on one view; unweighted terms for the log and their weighted sum for the backward."""
+    training = run.settings.training
+    # Dropout and stochastic depth know only the global generator, so it is seeded for this view of this step.
+    torch.manual_seed(derive_seed(training.seed, f"student {view.name}", run.step))
+    bfloat16 = training.precision == "bfloat16" and run.device.type != "cpu"
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=bfloat16):
+        output = run.forward(view.image)
+    values = {name: objective(output, view) for name, objective in objectives.items()}
+    total = torch.stack([objectives[name].settings.weight * value for name, value in values.items()]).sum()
+    return {f"{view.name}/{name}": value.detach() for name, value in values.items()}, total
+
+
+def _gradient_norm(run: Run) -> Tensor:
+    gradients = [p.grad for group in run.optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)

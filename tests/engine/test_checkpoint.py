@@ -1,0 +1,83 @@
+"""Weights and state files: whole or not at all, never unpickled, self-sufficient."""
+
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cluda_cli.data.labels import CITYSCAPES, ClassTable
+from cluda_cli.engine.checkpoint import load_state, load_weights, save_state, save_weights
+from cluda_cli.errors import DataError
+from cluda_cli.files import atomic
+from cluda_cli.models.segmenter import Segmenter
+from cluda_cli.presets import load
+
+CPU = torch.device("cpu")
+CLASSES = ClassTable(CITYSCAPES[:3])
+SETTINGS = load([], {"model": {"encoder": "mit_b0", "decoder": {"embed_dim": 8, "channels": 8}}})
+
+
+@pytest.fixture
+def weights(tmp_path):
+    network = Segmenter(SETTINGS.model, 3)
+    path = tmp_path / "best.safetensors"
+    save_weights(path, network, SETTINGS, CLASSES, ("road",), "student", 12)
+    return path, network
+
+
+def test_weights_carry_all_that_is_needed(weights):
+    path, network = weights
+    deployed = load_weights(path, CPU)
+    assert (deployed.settings, deployed.classes, deployed.seen) == (SETTINGS, CLASSES, ("road",))
+    assert (deployed.network_name, deployed.step, deployed.network.training) == ("student", 12, False)
+    image = torch.randn(1, 3, 32, 32)
+    assert torch.equal(deployed.network(image).logits, network.eval()(image).logits)
+
+
+def test_missing_damaged_and_foreign_weights_are_told_apart(weights, tmp_path):
+    path, _ = weights
+    with pytest.raises(DataError, match="no such weights file"):
+        load_weights(tmp_path / "none.safetensors", CPU)
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataError, match="not a readable safetensors file"):
+        load_weights(cut, CPU)
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"a": torch.zeros(1)}, foreign)
+    with pytest.raises(DataError, match="holds no description"):
+        load_weights(foreign, CPU)
+
+
+def test_state_round_trips(tmp_path):
+    state = {"step": 3, "best": None, "student": {"w": torch.arange(4.0)}}
+    save_state(tmp_path / "resume" / "state.pt", state)
+    loaded = load_state(tmp_path / "resume" / "state.pt", CPU)
+    assert (loaded["step"], loaded["best"]) == (3, None)
+    assert torch.equal(loaded["student"]["w"], state["student"]["w"])
+
+
+def test_state_that_would_execute_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'executed'}",)
+
+    path = tmp_path / "state.pt"
+    path.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(DataError, match="cannot be read"):
+        load_state(path, CPU)
+    torch.save(Evil(), path)
+    with pytest.raises(DataError, match="cannot be read"):
+        load_state(path, CPU)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert [p.name for p in tmp_path.iterdir()] == ["x.txt"]
+    assert path.read_text() == "old"

@@ -1,0 +1,206 @@
+"""The verb `train`: exact resume, interruption, kills, folders, metrics."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from cluda_cli import presets
+from cluda_cli import train as verb
+from cluda_cli.engine.checkpoint import load_state, load_weights
+from cluda_cli.errors import DataError, Interrupted, RunError, SettingsError
+from cluda_cli.train import train
+
+CPU = torch.device("cpu")
+
+
+def with_training(settings, **values):
+    tree = settings.model_dump(mode="json")
+    return presets.validate(presets.merge(tree, {"training": values}))
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(one, other):
+    """Equal to the last bit, through dicts and lists."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list):
+        for a, b in zip(one, other, strict=True):
+            assert_same(a, b)
+    else:
+        assert one == other
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Send this process a signal while it logs a given step."""
+
+    def arrange(step, number=signal.SIGINT):
+        honest = verb._log
+
+        def log(run, folder, terms):
+            honest(run, folder, terms)
+            if run.step == step:
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(verb, "_log", log)
+
+    return arrange
+
+
+def test_a_run_leaves_what_it_promises(tiny_settings, tmp_path):
+    folder = tmp_path / "runs" / "x"
+    train(tiny_settings, folder)
+    files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert files == {
+        "settings.json", "manifest.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "resume/state.pt",
+        "pictures/000003.png", "pictures/000006.png",
+    }  # fmt: skip
+    assert presets.load([str(folder / "settings.json")]) == tiny_settings
+    lines = metrics(folder)
+    assert [line["step"] for line in lines if "terms" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "miou" in line] == [4, 6]
+    best = max((line for line in lines if "miou" in line), key=lambda line: line["miou"])
+    assert load_weights(folder / "best.safetensors", CPU).step == best["step"]
+    assert load_weights(folder / "last.safetensors", CPU).step == 6
+    width = 7 * (48 + 4)  # source, label, target, pseudo-label, mixed, its label, prediction; gaps of 4
+    assert Image.open(folder / "pictures" / "000003.png").size == (width, 2 * (32 + 4))
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4])
+def test_a_stopped_and_resumed_run_equals_one_that_never_stopped(
+    tiny_settings, tmp_path, stop_after, monkeypatch, stop
+):
+    train(tiny_settings, tmp_path / "whole")
+    with monkeypatch.context():
+        stop_after(stop)
+        with pytest.raises(Interrupted, match=f"stopped after step {stop}, state saved"):
+            train(tiny_settings, tmp_path / "parts")
+        monkeypatch.undo()
+    assert load_state(tmp_path / "parts" / "resume" / "state.pt", CPU)["step"] == stop
+    torch.manual_seed(999)
+    train(tiny_settings, tmp_path / "parts", resume=True)
+    states = [load_state(tmp_path / name / "resume" / "state.pt", CPU) for name in ("whole", "parts")]
+    assert_same(*states)
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    for name in ("best.safetensors", "last.safetensors"):
+        assert_same(load_file(tmp_path / "whole" / name), load_file(tmp_path / "parts" / name))
+
+
+def test_sigterm_saves_like_ctrl_c(tiny_settings, tmp_path, stop_after):
+    stop_after(2, signal.SIGTERM)
+    with pytest.raises(Interrupted) as stopped:
+        train(tiny_settings, tmp_path / "x")
+    assert stopped.value.exit_code == 130
+    assert stopped.value.remedy == f"resume with: cluda train --run {tmp_path / 'x'} --resume"
+    assert load_state(tmp_path / "x" / "resume" / "state.pt", CPU)["step"] == 2
+
+
+def test_a_request_during_validation_stops_there_and_resume_validates_again(tiny_settings, tmp_path, monkeypatch):
+    train(tiny_settings, tmp_path / "whole")
+    honest = verb.score
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, "score", lambda *args: os.kill(os.getpid(), signal.SIGINT) or honest(*args))
+        with pytest.raises(Interrupted, match="stopped after step 4"):
+            train(tiny_settings, tmp_path / "parts")
+    train(tiny_settings, tmp_path / "parts", resume=True)
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+
+
+def test_a_finished_run_has_nothing_to_resume(tiny_settings, tmp_path, capsys):
+    train(tiny_settings, tmp_path / "x")
+    before = metrics(tmp_path / "x")
+    train(tiny_settings, tmp_path / "x", resume=True)
+    assert metrics(tmp_path / "x") == before
+    assert "already finished (6 of 6 steps)" in capsys.readouterr().err
+
+
+def test_an_existing_folder_is_refused_unless_told(tiny_settings, tmp_path):
+    short = with_training(tiny_settings, steps=1)
+    train(short, tmp_path / "x")
+    with pytest.raises(SettingsError, match="this run exists"):
+        train(short, tmp_path / "x")
+    train(short, tmp_path / "x", overwrite=True)
+    assert [line["step"] for line in metrics(tmp_path / "x") if "terms" in line] == [1]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("do not touch")
+    with pytest.raises(SettingsError, match="exists and is not a run"):
+        train(short, tmp_path / "other", overwrite=True)
+
+
+def test_a_broken_loss_stops_with_its_name_and_saves(tiny_settings, tmp_path, monkeypatch):
+    from cluda_cli.objectives.cross_entropy import CrossEntropy
+
+    honest = CrossEntropy.forward
+    calls = []
+
+    def forward(self, output, view):
+        calls.append(view.name)
+        return honest(self, output, view) * (float("inf") if len(calls) > 6 else 1.0)
+
+    monkeypatch.setattr(CrossEntropy, "forward", forward)
+    with pytest.raises(RunError, match="source/source, mixed/mixed is not finite in step 3"):
+        train(tiny_settings, tmp_path / "x")
+    state = load_state(tmp_path / "x" / "resume" / "state.pt", CPU)
+    assert state["step"] == 3
+    assert all(torch.isfinite(v).all() for v in state["student"].values())
+
+
+def test_other_data_are_refused_on_resume(tiny_settings, tmp_path):
+    train(with_training(tiny_settings, steps=1), tmp_path / "x")
+    manifest = json.loads((tmp_path / "x" / "manifest.json").read_text())
+    manifest["source"]["fingerprint"] = "0"
+    (tmp_path / "x" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="source dataset changed"):
+        train(tiny_settings, tmp_path / "x", resume=True)
+
+
+def test_a_missing_dataset_names_the_command(tiny_settings, tmp_path):
+    tree = presets.merge(tiny_settings.model_dump(mode="json"), {"data": {"source": "gta"}})
+    with pytest.raises(DataError, match="run `cluda prepare gta --data-root"):
+        train(presets.validate(tree), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_and_leaves_no_unreadable_file(tiny_settings, tmp_path):
+    """SIGKILL at random moments, several times over one run; nothing past the last save interval is lost."""
+    folder = tmp_path / "x"
+    settings = tmp_path / "settings.json"
+    settings.write_text(with_training(tiny_settings, steps=60, save_every=2, validate_every=7).model_dump_json())
+    command = [sys.executable, "-m", "cluda_cli", "train", "--preset", str(settings), "--run", str(folder)]
+    state, moments = folder / "resume" / "state.pt", random.Random(0)
+    reached = 0
+    for kill in range(4):
+        began = time.monotonic()
+        process = subprocess.Popen([*command, *(["--resume"] if kill else [])], stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and (not state.exists() or load_state(state, CPU)["step"] <= reached):
+            assert time.monotonic() - began < 120, "no progress"
+            time.sleep(0.02)
+        time.sleep(moments.uniform(0, 0.5))
+        process.kill()
+        process.communicate()
+        lines = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+        logged = max(json.loads(line)["step"] for line in lines)
+        saved = load_state(state, CPU)["step"]
+        assert logged - saved <= 2
+        assert saved >= reached
+        load_weights(folder / "last.safetensors", CPU)
+        reached = saved
+    subprocess.run([*command, "--resume"], check=True, capture_output=True)
+    assert load_state(state, CPU)["step"] == 60

@@ -6,7 +6,7 @@ import platform
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -74,9 +74,9 @@ def _loop(run: Run, folder: Path, source: Index, target: Index, stop: "_StopRequ
     """The run from its step to the last: every-so-often work, one step, log."""
     training, steps = run.settings.training, run.settings.training.steps
     on_gpu = run.device.type == "cuda"
-    stream = batches(source, target, run.settings.data, training.seed, run.step, steps, pin_memory=on_gpu)
+    batches_left = batches(source, target, run.settings.data, training.seed, run.step, steps, pin_memory=on_gpu)
     labelled = bool(target.labelled("val"))
-    with console.Progress("training", steps, run.step) as progress:
+    with closing(batches_left) as stream, console.Progress("training", steps, run.step) as progress:
         while True:
             if labelled and _due(run.step, training.validate_every, steps) and run.validated < run.step:
                 with stop.immediate():

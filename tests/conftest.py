@@ -43,8 +43,8 @@ def golden() -> Golden:
 
 
 @pytest.fixture(autouse=True)
-def _few_threads() -> None:
-    """Tiny tensors are slower on many threads."""
+def _one_thread() -> None:
+    """Tiny tensors are slower on many threads, much slower where cores are shared."""
     torch.set_num_threads(1)
 
 

@@ -178,6 +178,24 @@ def test_a_missing_dataset_names_the_command(tiny_settings, tmp_path):
 
 
 @pytest.mark.slow
+def test_sigterm_ends_the_loader_processes_too(tiny_settings, tmp_path):
+    settings = tmp_path / "settings.json"
+    tree = with_training(tiny_settings, steps=1000).model_dump(mode="json")
+    settings.write_text(json.dumps(presets.merge(tree, {"data": {"workers": 1}})))
+    command = [sys.executable, "-m", "cluda_cli", "train", "--preset", str(settings), "--run", str(tmp_path / "x")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "x" / "resume" / "state.pt").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    _, talk = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"resume with: cluda train --run {tmp_path / 'x'} --resume" in talk
+
+
+@pytest.mark.slow
 def test_a_killed_run_resumes_and_leaves_no_unreadable_file(tiny_settings, tmp_path):
     """SIGKILL at random moments, several times over one run; nothing past the last save interval is lost."""
     folder = tmp_path / "x"

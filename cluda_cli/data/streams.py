@@ -7,12 +7,12 @@ import multiprocessing
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-from numpy.random import Generator
+from numpy import random
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -50,8 +50,10 @@ class Batch:
 
 def batches(
     source: Index, target: Index, data: settings.Data, seed: int, start: int, stop: int, pin_memory: bool = False
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The batches of steps start, ..., stop - 1, made by `data.workers` processes; with 0 workers, the same batches.
+
+    Close it (contextlib.closing) to end the processes when not all batches are wanted.
 
     `pin_memory` speeds up copies to a CUDA device and needs one.
     Raises DataError at once if the source has no labels or a domain no training images, SettingsError if the margins
@@ -112,7 +114,7 @@ class Steps(Dataset["Batch | CludaError"]):
             return error
         return Batch(*map(torch.stack, zip(*samples, strict=True)))
 
-    def source_sample(self, rng: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def source_sample(self, rng: random.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Image, label and inside of one crop.
 
         The crop is chosen on the label, so that the image, which takes longest to decode, is decoded once and only
@@ -142,7 +144,7 @@ class Steps(Dataset["Batch | CludaError"]):
         inside = torch.ones_like(label, dtype=torch.bool)
         return _pad(image, data.crop, 0), _pad(label, data.crop, IGNORE), _pad(inside, data.crop, 0)
 
-    def target_sample(self, rng: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def target_sample(self, rng: random.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Image, inside and valid of one crop."""
         item, data = self.target_items[rng.integers(len(self.target_items))], self.data
         image = read_image(self.target.image_path(item))
@@ -158,7 +160,7 @@ class Steps(Dataset["Batch | CludaError"]):
         return _pad(image, data.crop, 0), _pad(inside, data.crop, 0), _pad(valid, data.crop, 0)
 
 
-def _flip(rng: Generator, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+def _flip(rng: random.Generator, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """Both mirrored left to right, or neither, equally likely."""
     return (image.flip(-1), label.flip(-1)) if rng.random() < 0.5 else (image, label)
 
@@ -170,7 +172,7 @@ def _pad(region: Tensor, size: tuple[int, int], value: int) -> Tensor:
     return padded
 
 
-def _iterate(loader: "DataLoader[Batch | CludaError]") -> Iterator[Batch]:
+def _iterate(loader: "DataLoader[Batch | CludaError]") -> Generator[Batch, None, None]:
     """Pass batches on and raise what the loader processes report."""
     try:
         for batch in loader:

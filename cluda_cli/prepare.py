@@ -53,12 +53,12 @@ def _find(name: str, data_root: Path, check: bool) -> Sequence[Dataset]:
         return (known[name].locate(data_root),)
     if name == "demo":
         folder = data_root / "demo"
-        if not (folder / "demo.json").is_file():
-            if check:
-                raise DataError("the demonstration has not been made yet", folder, "run without --check")
+        if not check:
             from cluda_cli.data.demo import make_demo
 
-            make_demo(folder)
+            make_demo(folder)  # nothing to do when this version's demo is there
+        elif not (folder / "demo.json").is_file():
+            raise DataError("the demonstration has not been made yet", folder, "run without --check")
         return demo_datasets(folder)
     path = Path(name)
     if path.suffix == ".toml":

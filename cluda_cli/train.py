@@ -4,9 +4,10 @@ import json
 import math
 import platform
 import signal
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager, redirect_stdout
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,7 +19,7 @@ import torchvision
 from cluda_cli import __version__, console
 from cluda_cli.data import index as prepared
 from cluda_cli.data.index import Index
-from cluda_cli.data.streams import batches
+from cluda_cli.data.streams import Batch, batches
 from cluda_cli.engine.checkpoint import load_state, save_state, save_weights
 from cluda_cli.engine.device import pick_device
 from cluda_cli.engine.pictures import write_pictures
@@ -46,7 +47,10 @@ def train(settings: Settings, folder: Path, *, resume: bool = False, overwrite: 
     run = Run(settings, source, device)
     if resume:
         _load(run, folder, source, target)
-    else:
+    stream = batches(
+        source, target, settings.data, settings.training.seed, run.step, settings.training.steps, device.type == "cuda"
+    )
+    if not resume:  # only now, when all that can be wrong with settings and data has been found
         _clear(folder)
         write_text(folder / "settings.json", settings.model_dump_json(indent=2) + "\n")
         write_json(folder / "manifest.json", _manifest(run, source, target))
@@ -57,7 +61,7 @@ def train(settings: Settings, folder: Path, *, resume: bool = False, overwrite: 
     began = time.monotonic()
     with _StopRequest() as stop:
         try:
-            _loop(run, folder, source, target, stop)
+            _loop(run, folder, target, stream, stop)
         except _StopAsked:
             _save(run, folder)
             raise Interrupted(f"stopped after step {run.step}, state saved", "", _resume_hint(folder)) from None
@@ -70,13 +74,11 @@ def train(settings: Settings, folder: Path, *, resume: bool = False, overwrite: 
     _conclude(run, folder)
 
 
-def _loop(run: Run, folder: Path, source: Index, target: Index, stop: "_StopRequest") -> None:
+def _loop(run: Run, folder: Path, target: Index, stream: Generator[Batch, None, None], stop: "_StopRequest") -> None:
     """The run from its step to the last: every-so-often work, one step, log."""
     training, steps = run.settings.training, run.settings.training.steps
-    on_gpu = run.device.type == "cuda"
-    batches_left = batches(source, target, run.settings.data, training.seed, run.step, steps, pin_memory=on_gpu)
     labelled = bool(target.labelled("val"))
-    with closing(batches_left) as stream, console.Progress("training", steps, run.step) as progress:
+    with closing(stream), console.Progress("training", steps, run.step) as progress:
         while True:
             if labelled and _due(run.step, training.validate_every, steps) and run.validated < run.step:
                 with stop.immediate():
@@ -153,7 +155,8 @@ def _dataset(name: str, root: Path) -> Index:
     if name in {"demo-render", "demo-camera"} and not (root / "prepared" / name / "index.json").is_file():
         from cluda_cli.prepare import prepare
 
-        prepare("demo", root)
+        with redirect_stdout(sys.stderr):  # here the report is talk
+            prepare("demo", root)
     return prepared.find(name, root)
 
 

@@ -319,7 +319,7 @@ def test_archives_do_not_add_a_second_copy_to_another_layout(tmp_path: Path) -> 
     assert not (tmp_path / "acdc/rgb_anon/fog").exists()
 
 
-def test_demo_is_made_once_and_gives_two_datasets(
+def test_demo_is_made_and_gives_two_datasets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def make_demo(folder: Path) -> None:
@@ -337,8 +337,6 @@ def test_demo_is_made_once_and_gives_two_datasets(
     assert [len(index.labelled(split)) for index in (render, camera) for split in ("train", "val")] == [1, 1, 0, 1]
     assert len(camera.split("train")) == 1
     assert "next: cluda train --preset demo --data-root" in capsys.readouterr().out
-    monkeypatch.setitem(sys.modules, "cluda_cli.data.demo", SimpleNamespace(make_demo=None))
-    prepare("demo", tmp_path, workers=1)
 
 
 def test_a_relative_data_root_and_the_usual_place(

@@ -3,6 +3,7 @@
 One forward and one backward per view gives the gradient of the sum of all terms and keeps one graph alive at a time.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +41,8 @@ def training_step(run: Run, batch: Batch) -> StepResult:
     run.optimizer.zero_grad(set_to_none=True)
     terms: dict[str, Tensor] = {}
     views: list[View] = []
-    for view in make_views(batch, run.teacher, wanted, run.settings.mixing, seed, step):
+    making = make_views(batch, run.teacher, wanted, run.settings.mixing, seed, step)
+    while view := _next_view(run, making):
         views.append(view)
         values, total = _view_terms(run, view, {n: o for n, o in objectives.items() if view.name in o.views})
         terms |= values
@@ -67,12 +69,22 @@ def _view_terms(run: Run, view: View, objectives: dict[str, torch.nn.Module]) ->
     training = run.settings.training
     # Dropout and stochastic depth know only the global generator, so it is seeded for this view of this step.
     torch.manual_seed(derive_seed(training.seed, f"student {view.name}", run.step))
-    bfloat16 = training.precision == "bfloat16" and run.device.type != "cpu"
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=bfloat16):
+    with _precision(run):  # objectives compute in float32 all the same; their frozen networks need not
         output = run.forward(view.image)
-    values = {name: objective(output, view) for name, objective in objectives.items()}
+        values = {name: objective(output, view) for name, objective in objectives.items()}
     total = torch.stack([objectives[name].settings.weight * value for name, value in values.items()]).sum()
     return {f"{view.name}/{name}": value.detach() for name, value in values.items()}, total
+
+
+def _next_view(run: Run, making: Iterator[View]) -> View | None:
+    """The next view, or None; the teacher works in the precision of the student."""
+    with _precision(run):
+        return next(making, None)
+
+
+def _precision(run: Run) -> torch.autocast:
+    bfloat16 = run.settings.training.precision == "bfloat16" and run.device.type != "cpu"
+    return torch.autocast(run.device.type, torch.bfloat16, enabled=bfloat16)
 
 
 def _gradient_norm(run: Run) -> Tensor:

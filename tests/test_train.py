@@ -79,7 +79,8 @@ def test_a_run_leaves_what_it_promises(tiny_settings, tmp_path):
     assert load_weights(folder / "best.safetensors", CPU).step == best["step"]
     assert load_weights(folder / "last.safetensors", CPU).step == 6
     width = 7 * (48 + 4)  # source, label, target, pseudo-label, mixed, its label, prediction; gaps of 4
-    assert Image.open(folder / "pictures" / "000003.png").size == (width, 2 * (32 + 4))
+    with Image.open(folder / "pictures" / "000003.png") as picture:
+        assert picture.size == (width, 2 * (32 + 4))
 
 
 @pytest.mark.parametrize("stop", [1, 3, 4])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from cluda_cli import presets
 from cluda_cli.adaptation.views import make_views
@@ -10,6 +11,7 @@ from cluda_cli.data.streams import batches
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.step import training_step
 from cluda_cli.errors import RunError
+from cluda_cli.models.segmenter import Segmenter
 
 CPU = torch.device("cpu")
 
@@ -126,3 +128,23 @@ def test_the_global_generator_decides_nothing(tiny_settings):
 def test_the_state_holds_no_frozen_network(tiny_settings):
     run, _ = start(tiny_settings)
     assert not run.state_dict()["objectives"]
+
+
+@pytest.mark.parametrize("overlay", [[], ["small"], ["demo"]], ids=["alone", "small", "demo"])
+@pytest.mark.parametrize("name", ["source-only", "dacs", "daformer", "daformer-cluda"])
+def test_every_preset_takes_a_step(name, overlay, tiny_settings, tmp_path):
+    """On tiny crops; MiT-B5 gives way to B0, and encoder weights come from a file of random ones."""
+    preset = presets.load([name, *overlay])
+    encoder = "mit_b0" if preset.model.encoder == "mit_b5" else preset.model.encoder
+    tree = presets.merge(preset.model_dump(mode="json"), {
+        "data": tiny_settings.model_dump(mode="json")["data"] | {"rare_class": preset.data.rare_class and {}},
+        "model": {"encoder": encoder, "weights": preset.model.weights and str(tmp_path / "preset.safetensors")},
+    })  # fmt: skip
+    settings = presets.validate(tree)
+    save_file(Segmenter(settings.model, 5).encoder.state_dict(), tmp_path / "preset.safetensors")
+    run, stream = start(settings)
+    before = flat(run.student)
+    result = training_step(run, next(iter(stream)))
+    assert set(run.objectives) == {n for n, o in preset.objectives if o is not None}
+    assert all(torch.isfinite(value) for value in result.terms.values())
+    assert not torch.equal(before, flat(run.student))

@@ -54,7 +54,7 @@ app = typer.Typer(
     cls=_Commands,
     help="Adapt a semantic-segmentation network from a labelled domain to an unlabelled one.",
     epilog=EXAMPLES,
-    no_args_is_help=True,
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -80,10 +80,13 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
-) -> None: ...
+) -> None:
+    if context.invoked_subcommand is None:
+        console.result(context.get_help())
 
 
 @app.command()
@@ -130,7 +133,7 @@ def train(
     options = {section: {k: v for k, v in values.items() if v is not None} for section, values in named.items()}
     folder = run or _default_folder(preset or [], resume)
     if resume:
-        settings = presets.resume(folder, preset or [], options, set_ or [])
+        settings = presets.resume(folder, options, set_ or [])
     else:
         settings = presets.load(preset or [], options, set_ or [])
 

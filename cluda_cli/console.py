@@ -114,29 +114,21 @@ class Progress:
             self._printed = time.monotonic()
             info(f"{self.what} {self.done}/{self.total}, {duration(self.seconds_left())} left {self.note}".rstrip())
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Clear the terminal line while another bar is shown."""
+        if self._bar:
+            self._bar.stop()
+        try:
+            yield
+        finally:
+            if self._bar:
+                self._bar.start()
+
     def seconds_left(self) -> float:
         """Estimate from the mean speed so far."""
         elapsed = time.monotonic() - self._began
         return elapsed / max(self.done - self._first, 1) * (self.total - self.done)
-
-
-def track(items: Sequence[T], what: str) -> Iterator[T]:
-    """Iterate with progress."""
-    with Progress(what, len(items)) as progress:
-        for item in items:
-            yield item
-            progress.advance()
-
-
-@contextmanager
-def quiet_interrupt() -> Iterator[None]:
-    """Turn Ctrl-C in a command without state of its own into the documented exit code."""
-    from cluda_cli.errors import Interrupted
-
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Interrupted("interrupted") from None
 
 
 def duration(seconds: float) -> str:

@@ -1,5 +1,8 @@
 """What goes wrong for users. Each error says what is wrong, where, and what to do; the class sets the exit code."""
 
+import difflib
+from collections.abc import Sequence
+
 
 class CludaError(Exception):
     """A problem with one clear cause.
@@ -17,6 +20,17 @@ class CludaError(Exception):
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
         return f"{text} -> {self.remedy}" if self.remedy else text
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, for one-line messages."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def nearest(name: str, choices: Sequence[str]) -> str:
+    """The choice that a misspelt name probably means, or ""."""
+    return next(iter(difflib.get_close_matches(name, choices, n=1, cutoff=0.6)), "")
 
 
 class RunError(CludaError):

@@ -41,7 +41,7 @@ def evaluate(
     deployed = load_weights(checkpoint, chosen)
     data = deployed.settings.data
     index = find(dataset or data.target, data_root or data.root)
-    _announce_classes(index.classes, deployed.classes)
+    announce_classes(index.classes, deployed.classes)
     scores = score(
         deployed.network,
         index,
@@ -122,7 +122,7 @@ def _read_pair(index: Index, table: NDArray[np.uint8], item: Item) -> tuple[Tens
     return image, torch.from_numpy(table[label.numpy()])
 
 
-def _announce_classes(labelled: ClassTable, predicted: ClassTable) -> None:
+def announce_classes(labelled: ClassTable, predicted: ClassTable) -> None:
     """Say which classes only one side has. Raises DataError if there is no common one."""
     unknown = [name for name in labelled.names if name not in predicted.names]
     undefined = [name for name in predicted.names if name not in labelled.names]

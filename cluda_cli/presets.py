@@ -1,6 +1,5 @@
 """Find, merge and override presets: defaults < presets left to right < named options < `--set`, validated once."""
 
-import difflib
 import json
 import tomllib
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from cluda_cli import console
-from cluda_cli.errors import SettingsError
+from cluda_cli.errors import SettingsError, nearest
 from cluda_cli.settings import Settings
 
 _PACKAGE = Path(__file__).parent
@@ -96,13 +95,13 @@ def load(presets: Sequence[str] = (), options: dict[str, Any] | None = None, ove
     return validate(tree)
 
 
-def resume(folder: Path, presets: Sequence[str], options: dict[str, Any], overrides: Sequence[str]) -> Settings:
+def resume(folder: Path, options: dict[str, Any], overrides: Sequence[str]) -> Settings:
     """Settings of an existing run, with what the command line changes laid over them and announced."""
     saved = folder / "settings.json"
     if not saved.is_file():
         raise SettingsError("no run to resume here", folder, "name the run's folder with --run")
     before = load([str(saved)])
-    after = load([str(saved), *presets], options, overrides)
+    after = load([str(saved)], options, overrides)
     old, new = flatten(before.model_dump(mode="json")), flatten(after.model_dump(mode="json"))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
@@ -184,7 +183,9 @@ def _is_switch(dotted: str) -> bool:
 
 def _explain(problem: Any) -> str:
     """One line for one pydantic error, with a suggestion for a misspelt key."""
-    location = tuple(str(part) for part in problem["loc"] if not str(part).startswith("function-"))
+    # Union members and validators are no part of what a user wrote.
+    inner = {"str", "int", "float", "bool"}
+    location = tuple(str(p) for p in problem["loc"] if str(p) not in inner and "[" not in str(p))
     path = ".".join(location)
     if problem["type"] == "extra_forbidden":
         return f"{path}: no such setting{_suggestion(location)}"
@@ -203,5 +204,5 @@ def _suggestion(location: tuple[str, ...]) -> str:
 
 
 def _did_you_mean(name: str, choices: Sequence[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
-    return f"did you mean {prefix + '.' if prefix else ''}{close[0]}?; " if close else ""
+    close = nearest(name, choices)
+    return f"did you mean {prefix + '.' if prefix else ''}{close}?; " if close else ""

@@ -22,11 +22,11 @@ from cluda_cli import __version__, console
 from cluda_cli.data.index import Index, Item, find
 from cluda_cli.data.labels import IGNORE
 from cluda_cli.data.transforms import read_image, read_label
-from cluda_cli.engine.checkpoint import Deployed, file_hash, load_weights
+from cluda_cli.engine.checkpoint import Deployed, load_weights
 from cluda_cli.engine.device import pick_device
 from cluda_cli.engine.inference import overlapped, predict_labels, write_png
 from cluda_cli.errors import SettingsError
-from cluda_cli.files import write_json
+from cluda_cli.files import sha256, write_json
 from cluda_cli.predict import unique_names
 
 Pixels = NDArray[np.uint8]
@@ -80,7 +80,7 @@ def pseudo_label(
         "kind": KIND,
         "version": __version__,
         "checkpoint": str(checkpoint),
-        "sha256": file_hash(checkpoint),
+        "sha256": sha256(checkpoint),
         "network": deployed.network_name,
         "step": deployed.step,
         "dataset": index.name,
@@ -188,11 +188,13 @@ def _take(out: Path, overwrite: bool) -> None:
     """Refuse a folder with contents, unless it holds pseudo-labels that may be replaced; these stop being a dataset."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not overwrite:
-            raise SettingsError("exists and is not empty", out, "remove it, or name another folder with --out")
-        if (out / "index.json").exists() and not _is_ours(out):
-            raise SettingsError("is a dataset, but none of pseudo-labels", out, "name another folder with --out")
+            raise SettingsError(
+                "exists and is not empty", out, "replace it with --overwrite, or name another with --out"
+            )
+        if not _is_ours(out):
+            raise SettingsError("holds something else than pseudo-labels", out, "name another folder with --out")
     (out / "index.json").unlink(missing_ok=True)
-    (out / "manifest.json").unlink(missing_ok=True)
+    write_json(out / "manifest.json", {"kind": KIND})  # marks the folder as ours, even if we do not get to the end
 
 
 def _is_ours(out: Path) -> bool:

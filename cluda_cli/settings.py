@@ -10,8 +10,14 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 T = TypeVar("T")
-# `false` switches an optional table off; an empty table switches it on with its defaults.
-Optional = Annotated[T | None, BeforeValidator(lambda value: None if value is False else value)]
+
+
+def _switch(value: Any) -> Any:
+    """`false` switches an optional table off; `true`, like an empty table, switches it on with its defaults."""
+    return ({} if value else None) if isinstance(value, bool) else value
+
+
+Optional = Annotated[T | None, BeforeValidator(_switch)]
 Size = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
 Margins = tuple[
     Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]

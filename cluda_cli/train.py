@@ -3,7 +3,9 @@
 import json
 import math
 import platform
+import shlex
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Generator, Iterator
@@ -25,9 +27,9 @@ from cluda_cli.engine.device import pick_device
 from cluda_cli.engine.pictures import write_pictures
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.step import training_step
-from cluda_cli.errors import DataError, Interrupted, RunError, SettingsError
-from cluda_cli.evaluate import score
-from cluda_cli.files import write_json, write_text
+from cluda_cli.errors import CludaError, DataError, Interrupted, SettingsError
+from cluda_cli.evaluate import announce_classes, score
+from cluda_cli.files import remove_temporaries, write_json, write_text
 from cluda_cli.settings import Settings
 
 STATE = Path("resume") / "state.pt"
@@ -36,42 +38,52 @@ STATE = Path("resume") / "state.pt"
 def train(settings: Settings, folder: Path, *, resume: bool = False, overwrite: bool = False) -> None:
     """Train to the last step and leave settings, manifest, metrics, pictures, state and weights in `folder`.
 
-    Raises SettingsError for a folder that exists, RunError for a non-finite loss, Interrupted after Ctrl-C or SIGTERM;
-    in the last two cases the state is saved first.
+    Raises SettingsError for a folder that exists, RunError for a non-finite loss, Interrupted after Ctrl-C or SIGTERM,
+    DataError for a file that turns out bad. Once the run has begun, its state is saved before any of them.
     """
     device = pick_device(settings.training.device)
     source = _dataset(settings.data.source, settings.data.root)
     target = _dataset(settings.data.target, settings.data.root)
     if not resume:
         _refuse_taken(folder, overwrite)
+    if target.labelled("val"):
+        announce_classes(target.classes, source.classes)
     run = Run(settings, source, device)
     if resume:
         _load(run, folder, source, target)
-    stream = batches(
-        source, target, settings.data, settings.training.seed, run.step, settings.training.steps, device.type == "cuda"
-    )
-    if not resume:  # only now, when all that can be wrong with settings and data has been found
-        _clear(folder)
-        write_text(folder / "settings.json", settings.model_dump_json(indent=2) + "\n")
-        write_json(folder / "manifest.json", _manifest(run, source, target))
-    if run.step >= settings.training.steps and (run.validated == run.step or not target.labelled("val")):
-        console.info(f"already finished ({run.step} of {settings.training.steps} steps); --steps makes the run longer")
+    steps, pin_memory = settings.training.steps, device.type == "cuda"
+    stream = batches(source, target, settings.data, settings.training.seed, run.step, steps, pin_memory)
+    _begin(run, folder, source, target, resume)
+    if run.step == steps and (run.validated == steps or not target.labelled("val")):
+        console.info(f"already finished ({steps} of {steps} steps); --steps makes the run longer")
         return
     _announce(run, folder, source, target)
     began = time.monotonic()
     with _StopRequest() as stop:
         try:
             _loop(run, folder, target, stream, stop)
+        except KeyboardInterrupt:  # in the middle of a step, where the state is not worth saving
+            raise Interrupted("stopped at once; the last saved state is kept", "", _resume_hint(folder)) from None
         except _StopAsked:
             _save(run, folder)
             raise Interrupted(f"stopped after step {run.step}, state saved", "", _resume_hint(folder)) from None
-        except KeyboardInterrupt:  # in the middle of a step, where the state is not worth saving
-            raise Interrupted("stopped at once; the last saved state is kept", "", _resume_hint(folder)) from None
-        except RunError:
+        except CludaError:
             _save(run, folder)
             raise
     console.info(f"done in {console.duration(time.monotonic() - began)}")
     _conclude(run, folder)
+
+
+def _begin(run: Run, folder: Path, source: Index, target: Index, resume: bool) -> None:
+    """Write what makes the folder a run; only now, when all that can be wrong with settings and data has been found."""
+    if not resume:
+        _clear(folder)
+        write_json(folder / "manifest.json", _manifest(run, source, target))
+    remove_temporaries(folder)
+    remove_temporaries(folder / STATE.parent)
+    write_text(folder / "settings.json", run.settings.model_dump_json(indent=2) + "\n")
+    if not resume:
+        save_state(folder / STATE, run.state_dict())  # so that a run killed early resumes too
 
 
 def _loop(run: Run, folder: Path, target: Index, stream: Generator[Batch, None, None], stop: "_StopRequest") -> None:
@@ -80,13 +92,14 @@ def _loop(run: Run, folder: Path, target: Index, stream: Generator[Batch, None, 
     labelled = bool(target.labelled("val"))
     with closing(stream), console.Progress("training", steps, run.step) as progress:
         while True:
-            if labelled and _due(run.step, training.validate_every, steps) and run.validated < run.step:
-                with stop.immediate():
-                    _validate(run, folder, target)
             if _due(run.step, training.save_every, steps):
                 _save(run, folder)
             if stop.requested:
                 raise _StopAsked
+            if labelled and _due(run.step, training.validate_every, steps) and run.validated < run.step:
+                with progress.paused():
+                    _validate(run, folder, target, stop)
+                _save(run, folder)
             if run.step == steps:
                 return
             batch = next(stream).to(run.device)
@@ -103,21 +116,22 @@ def _due(step: int, every: int, steps: int) -> bool:
     return step > 0 and (step % every == 0 or step == steps)
 
 
-def _validate(run: Run, folder: Path, target: Index) -> None:
+def _validate(run: Run, folder: Path, target: Index, stop: "_StopRequest") -> None:
     """Score the evaluated network on the target's val split; keep its weights if it is the best so far."""
-    settings = run.settings
-    scores = score(
-        run.evaluated, target, "val", run.classes, run.seen, settings.data.target_box, settings.evaluation, run.device
-    )
-    run.validated = run.step
-    line = {"step": run.step, "miou": scores.miou, "iou": scores.iou_by_name(), "pixel_accuracy": scores.pixel_accuracy}
-    _append(folder / "metrics.jsonl", line)
-    console.info(
-        f"step {run.step}: {target.name} val mIoU {scores.miou:.2f}, pixel accuracy {scores.pixel_accuracy:.2f}"
-    )
-    if math.isfinite(scores.miou) and (run.best is None or scores.miou > run.best["miou"]):
-        run.best = {"miou": scores.miou, "step": run.step}
+    settings, data = run.settings, run.settings.data
+    with stop.immediate():
+        scores = score(
+            run.evaluated, target, "val", run.classes, run.seen, data.target_box, settings.evaluation, run.device
+        )
+    miou, accuracy = scores.miou, scores.pixel_accuracy
+    best = math.isfinite(miou) and (run.best is None or miou > run.best["miou"])
+    if best:
         _save_weights(run, folder / "best.safetensors")
+        run.best = {"miou": miou, "step": run.step}
+    line = {"step": run.step, "miou": miou, "iou": scores.iou_by_name(), "pixel_accuracy": accuracy}
+    _append(folder / "metrics.jsonl", line)
+    run.validated = run.step
+    console.info(f"step {run.step}: {target.name} val mIoU {miou:.2f}, pixel accuracy {accuracy:.2f}")
 
 
 def _save(run: Run, folder: Path) -> None:
@@ -171,7 +185,7 @@ def _refuse_taken(folder: Path, overwrite: bool) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Remove what an overwritten run left; the settings and the manifest are about to be replaced."""
+    """Remove what an overwritten run left; its manifest and settings are about to be replaced."""
     leftovers = [folder / name for name in ("metrics.jsonl", "best.safetensors", "last.safetensors", STATE)]
     for path in [*leftovers, *(folder / "pictures").glob("*.png")]:
         path.unlink(missing_ok=True)
@@ -190,19 +204,23 @@ def _load(run: Run, folder: Path, source: Index, target: Index) -> None:
             raise DataError(
                 f"the {domain} dataset changed since the run began", index.folder, "start a new run with --run"
             )
-    run.load_state_dict(load_state(folder / STATE, run.device))
+    run.load_state_dict(load_state(folder / STATE))
+    steps = run.settings.training.steps
+    if run.step > steps:
+        raise SettingsError(f"the run is at step {run.step}, beyond {steps}", "training.steps", "give a larger --steps")
     metrics = folder / "metrics.jsonl"
     if metrics.is_file():  # lines after the saved state will be written again
-        lines = [line for line in metrics.read_text(encoding="utf-8").splitlines() if _step_of(line) <= run.step]
+        lines = [line for line in metrics.read_text(encoding="utf-8").splitlines() if _belongs(line, run)]
         write_text(metrics, "".join(line + "\n" for line in lines))
 
 
-def _step_of(line: str) -> float:
-    """Step of a line of metrics.jsonl; a line cut short by a kill counts as later than all."""
+def _belongs(line: str, run: Run) -> bool:
+    """Whether a line of metrics.jsonl was written before the saved state; one cut short by a kill was not."""
     try:
-        return float(json.loads(line)["step"])
+        content = json.loads(line)
+        return bool(content["step"] <= (run.validated if "miou" in content else run.step))
     except (ValueError, KeyError, TypeError):
-        return math.inf
+        return False
 
 
 def _manifest(run: Run, source: Index, target: Index) -> dict[str, Any]:
@@ -214,6 +232,7 @@ def _manifest(run: Run, source: Index, target: Index) -> dict[str, Any]:
     return {
         "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": versions,
+        "commit": _commit(),
         "device": str(run.device),
         "gpu": gpu,
         "platform": platform.platform(),
@@ -223,6 +242,18 @@ def _manifest(run: Run, source: Index, target: Index) -> dict[str, Any]:
         "classes": list(run.classes.names),
         "unseen": [name for name in run.classes.names if name not in run.seen],
     }
+
+
+def _commit() -> str | None:
+    """Git commit of a source checkout; None for an installed package."""
+    package = Path(__file__).parent
+    if not (package.parent / ".git").exists():
+        return None
+    command = ["git", "-C", str(package), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _announce(run: Run, folder: Path, source: Index, target: Index) -> None:
@@ -254,12 +285,12 @@ def _conclude(run: Run, folder: Path) -> None:
     best = folder / "best.safetensors"
     if run.best:
         console.info(f"best mIoU {run.best['miou']:.2f} at step {run.best['step']:.0f}: {best}")
-    weights = best if best.is_file() else folder / "last.safetensors"
+    weights = shlex.quote(str(best if best.is_file() else folder / "last.safetensors"))
     console.info(f"next: cluda eval --ckpt {weights}   or   cluda predict images/ --ckpt {weights}")
 
 
 def _resume_hint(folder: Path) -> str:
-    return f"resume with: cluda train --run {folder} --resume"
+    return f"resume with: cluda train --run {shlex.quote(str(folder))} --resume"
 
 
 class _StopAsked(Exception):  # noqa: N818  a request is no error

@@ -17,6 +17,7 @@ run = CliRunner().invoke
 
 def test_no_arguments_print_help_with_examples():
     result = run(app, [])
+    assert result.exit_code == 0
     assert "Examples:\n    cluda train --preset demo " in result.output
     assert "130 interrupted with state saved" in result.output
 

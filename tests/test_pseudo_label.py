@@ -206,7 +206,7 @@ def test_taken_folder_is_refused_and_kept(checkpoint: Path, data: Index, tmp_pat
     with pytest.raises(SettingsError, match="not empty"):
         pseudo_label(checkpoint, device="cpu", out=taken)
     assert [path.name for path in taken.iterdir()] == ["thesis.txt"]
-    with pytest.raises(SettingsError, match="none of pseudo-labels"):
+    with pytest.raises(SettingsError, match="something else than pseudo-labels"):
         pseudo_label(checkpoint, device="cpu", out=data.folder, overwrite=True)
     assert Index.load(data.folder).name == "toy"
     folder = pseudo_label(checkpoint, threshold=0, device="cpu")
@@ -222,4 +222,5 @@ def test_failed_run_leaves_no_dataset(checkpoint: Path, data: Index) -> None:
     with pytest.raises(DataError, match="cannot be read|not an image"):
         pseudo_label(checkpoint, device="cpu")
     folder = checkpoint.parent / "pseudo-labels" / "toy-train"
-    assert not (folder / "index.json").exists() and not (folder / "manifest.json").exists()
+    assert not (folder / "index.json").exists()
+    assert json.loads((folder / "manifest.json").read_text()) == {"kind": "pseudo-labels"}

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from safetensors.torch import load_file
 
 from cluda_cli import presets
 from cluda_cli import train as verb
+from cluda_cli.data.index import find
+from cluda_cli.data.labels import ClassTable
 from cluda_cli.engine.checkpoint import load_state, load_weights
 from cluda_cli.errors import DataError, Interrupted, RunError, SettingsError
 from cluda_cli.train import train
@@ -93,10 +96,10 @@ def test_a_stopped_and_resumed_run_equals_one_that_never_stopped(
         with pytest.raises(Interrupted, match=f"stopped after step {stop}, state saved"):
             train(tiny_settings, tmp_path / "parts")
         monkeypatch.undo()
-    assert load_state(tmp_path / "parts" / "resume" / "state.pt", CPU)["step"] == stop
+    assert load_state(tmp_path / "parts" / "resume" / "state.pt")["step"] == stop
     torch.manual_seed(999)
     train(tiny_settings, tmp_path / "parts", resume=True)
-    states = [load_state(tmp_path / name / "resume" / "state.pt", CPU) for name in ("whole", "parts")]
+    states = [load_state(tmp_path / name / "resume" / "state.pt") for name in ("whole", "parts")]
     assert_same(*states)
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
     for name in ("best.safetensors", "last.safetensors"):
@@ -109,7 +112,7 @@ def test_sigterm_saves_like_ctrl_c(tiny_settings, tmp_path, stop_after):
         train(tiny_settings, tmp_path / "x")
     assert stopped.value.exit_code == 130
     assert stopped.value.remedy == f"resume with: cluda train --run {tmp_path / 'x'} --resume"
-    assert load_state(tmp_path / "x" / "resume" / "state.pt", CPU)["step"] == 2
+    assert load_state(tmp_path / "x" / "resume" / "state.pt")["step"] == 2
 
 
 def test_a_request_during_validation_stops_there_and_resume_validates_again(tiny_settings, tmp_path, monkeypatch):
@@ -157,7 +160,7 @@ def test_a_broken_loss_stops_with_its_name_and_saves(tiny_settings, tmp_path, mo
     monkeypatch.setattr(CrossEntropy, "forward", forward)
     with pytest.raises(RunError, match="source/source, mixed/mixed is not finite in step 3"):
         train(tiny_settings, tmp_path / "x")
-    state = load_state(tmp_path / "x" / "resume" / "state.pt", CPU)
+    state = load_state(tmp_path / "x" / "resume" / "state.pt")
     assert state["step"] == 3
     assert all(torch.isfinite(v).all() for v in state["student"].values())
 
@@ -176,6 +179,114 @@ def test_a_missing_dataset_names_the_command(tiny_settings, tmp_path):
     with pytest.raises(DataError, match="run `cluda prepare gta --data-root"):
         train(presets.validate(tree), tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_settings_changed_on_resume_act_and_are_kept(tiny_settings, tmp_path):
+    folder = tmp_path / "x"
+    train(with_training(tiny_settings, steps=2), folder)
+    tree = with_training(tiny_settings, steps=4).model_dump(mode="json")
+    changed = presets.validate(presets.merge(tree, {"optimizer": {"lr": 1e-9, "weight_decay": 0.5}}))
+    train(changed, folder, resume=True)
+    group = load_state(folder / "resume" / "state.pt")["optimizer"]["param_groups"][0]
+    assert (group["base_lr"], group["weight_decay"]) == (1e-9, 0.5)
+    assert presets.load([str(folder / "settings.json")]) == changed
+    with pytest.raises(SettingsError, match="the run is at step 4, beyond 3"):
+        train(with_training(tiny_settings, steps=3), folder, resume=True)
+
+
+def test_a_request_while_best_weights_are_written_loses_nothing(tiny_settings, tmp_path, monkeypatch):
+    train(tiny_settings, tmp_path / "whole")
+    honest = verb._save_weights
+
+    def save_weights(run, path):
+        if path.name == "best.safetensors":
+            os.kill(os.getpid(), signal.SIGINT)
+        honest(run, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, "_save_weights", save_weights)
+        with pytest.raises(Interrupted):
+            train(tiny_settings, tmp_path / "parts")
+    train(tiny_settings, tmp_path / "parts", resume=True)
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    assert_same(*(load_file(tmp_path / name / "best.safetensors") for name in ("whole", "parts")))
+
+
+def test_a_request_is_answered_before_a_validation_that_is_due(tiny_settings, tmp_path, stop_after, monkeypatch):
+    stop_after(4)
+    monkeypatch.setattr(verb, "score", lambda *_: pytest.fail("validated after the request"))
+    with pytest.raises(Interrupted, match="stopped after step 4, state saved"):
+        train(tiny_settings, tmp_path / "x")
+
+
+def test_a_file_that_turns_out_bad_costs_no_steps(tiny_settings, tmp_path):
+    settings = with_training(tiny_settings, save_every=100, validate_every=100, steps=60)
+    broken = sorted((tmp_path / "data" / "noisy" / "train").glob("*.png"))[0]
+    content = broken.read_bytes()
+    broken.write_bytes(content[:200])
+    with pytest.raises(DataError, match=broken.name):
+        train(settings, tmp_path / "x")
+    reached = load_state(tmp_path / "x" / "resume" / "state.pt")["step"]
+    lines = tmp_path / "x" / "metrics.jsonl"
+    assert reached == (max(line["step"] for line in metrics(tmp_path / "x")) if lines.exists() else 0)
+
+
+def test_a_run_killed_before_its_first_save_resumes(tiny_settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(verb, "_loop", lambda *_: os.abort)
+    train(tiny_settings, tmp_path / "x")
+    monkeypatch.undo()
+    assert load_state(tmp_path / "x" / "resume" / "state.pt")["step"] == 0
+    leftover = tmp_path / "x" / "resume" / ".state-abcd1234.pt"
+    leftover.touch()
+    train(with_training(tiny_settings, steps=1), tmp_path / "x", resume=True)
+    assert load_state(tmp_path / "x" / "resume" / "state.pt")["step"] == 1
+    assert not leftover.exists()
+
+
+def test_overwriting_leaves_nothing_of_the_old_run(tiny_settings, tmp_path):
+    train(tiny_settings, tmp_path / "x")
+    train(with_training(tiny_settings, steps=1, pictures_every=0, validate_every=1), tmp_path / "x", overwrite=True)
+    assert not list((tmp_path / "x" / "pictures").glob("*"))
+    assert load_weights(tmp_path / "x" / "best.safetensors", CPU).step == 1
+
+
+def test_domains_without_a_common_class_are_refused(tiny_settings, tmp_path):
+    index = find("noisy", tmp_path / "data")
+    renamed = ClassTable(tuple(replace(c, name=f"my {c.name}") for c in index.classes.classes))
+    replace(index, classes=renamed).save()
+    with pytest.raises(DataError, match="no class name in common"):
+        train(tiny_settings, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_teacher_can_be_the_network_that_is_kept(tiny_settings, tmp_path):
+    tree = with_training(tiny_settings, steps=2).model_dump(mode="json")
+    settings = presets.validate(presets.merge(tree, {"evaluation": {"network": "teacher"}}))
+    train(settings, tmp_path / "x")
+    deployed = load_weights(tmp_path / "x" / "last.safetensors", CPU)
+    teacher = load_state(tmp_path / "x" / "resume" / "state.pt")["teacher"]
+    assert deployed.network_name == "teacher"
+    assert_same({f"network.{k}": v for k, v in deployed.network.state_dict().items()}, dict(teacher))
+
+
+def test_resume_is_exact_with_loader_processes(tiny_settings, tmp_path, stop_after, monkeypatch):
+    tree = with_training(tiny_settings, steps=3).model_dump(mode="json")
+    settings = presets.validate(presets.merge(tree, {"data": {"workers": 1}}))
+    train(settings, tmp_path / "whole")
+    with monkeypatch.context():
+        stop_after(1)
+        with pytest.raises(Interrupted):
+            train(settings, tmp_path / "parts")
+        monkeypatch.undo()
+    train(settings, tmp_path / "parts", resume=True)
+    assert_same(*(load_state(tmp_path / name / "resume" / "state.pt") for name in ("whole", "parts")))
+
+
+def test_a_crop_that_the_network_cannot_take_is_refused(tiny_settings, tmp_path):
+    change = {"model": {"encoder": "maxvit_pico_rw_256", "weights": False}, "objectives": {"feature_distance": False}}
+    tree = presets.merge(tiny_settings.model_dump(mode="json"), change)
+    with pytest.raises(SettingsError, match="maxvit_pico_rw_256 cannot take this crop"):
+        train(presets.validate(tree), tmp_path / "x")
 
 
 @pytest.mark.slow
@@ -208,7 +319,7 @@ def test_a_killed_run_resumes_and_leaves_no_unreadable_file(tiny_settings, tmp_p
     for kill in range(4):
         began = time.monotonic()
         process = subprocess.Popen([*command, *(["--resume"] if kill else [])], stderr=subprocess.PIPE, text=True)
-        while process.poll() is None and (not state.exists() or load_state(state, CPU)["step"] <= reached):
+        while process.poll() is None and (not state.exists() or load_state(state)["step"] <= reached):
             assert time.monotonic() - began < 120, "no progress"
             time.sleep(0.02)
         time.sleep(moments.uniform(0, 0.5))
@@ -216,10 +327,10 @@ def test_a_killed_run_resumes_and_leaves_no_unreadable_file(tiny_settings, tmp_p
         process.communicate()
         lines = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
         logged = max(json.loads(line)["step"] for line in lines)
-        saved = load_state(state, CPU)["step"]
+        saved = load_state(state)["step"]
         assert logged - saved <= 2
         assert saved >= reached
         load_weights(folder / "last.safetensors", CPU)
         reached = saved
     subprocess.run([*command, "--resume"], check=True, capture_output=True)
-    assert load_state(state, CPU)["step"] == 60
+    assert load_state(state)["step"] == 60

@@ -1,7 +1,6 @@
 """A user's own dataset, described by a short TOML file; DescriptionTable says what may stand in it."""
 
 import colorsys
-import difflib
 import re
 import tomllib
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ from cluda_cli.data.datasets import Dataset
 from cluda_cli.data.label_files import MAX_CLASSES, ColorLabels, IdLabels, LabelReader
 from cluda_cli.data.labels import CITYSCAPES, IGNORE, THING_NAMES, ClassTable, Color, LabelClass, id_table
 from cluda_cli.data.pairing import Split
-from cluda_cli.errors import DataError, SettingsError
+from cluda_cli.errors import DataError, SettingsError, nearest
 from cluda_cli.settings import Margins, Section
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"})
@@ -231,5 +230,5 @@ def _explain(problem: Mapping[str, Any]) -> list[str]:
 
 
 def _nearest(name: str, choices: list[str]) -> str:
-    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
-    return f', did you mean "{close[0]}"?' if close else ""
+    close = nearest(name, choices)
+    return f', did you mean "{close}"?' if close else ""

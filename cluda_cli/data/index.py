@@ -9,6 +9,7 @@ The folder may hold other things (a pseudo-labelled dataset also has confidence 
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,12 +127,12 @@ def find(name: str, data_root: Path) -> Index:
         if (folder / "index.json").is_file():
             return Index.load(folder)
     known = sorted(path.parent.name for path in (data_root / "prepared").glob("*/index.json"))
-    what = "demo" if name in {"demo-render", "demo-camera"} else name
-    raise DataError(
-        f'dataset "{name}" is not prepared',
-        data_root / "prepared",
-        f"run `cluda prepare {what} --data-root {data_root}`" + (f"; prepared: {', '.join(known)}" if known else ""),
-    )
+    published = {"gta", "synthia", "cityscapes", "camvid", "acdc", "dark-zurich"}
+    what = "demo" if name in {"demo-render", "demo-camera"} else name if name in published else "DESCRIPTION.toml"
+    remedy = f"run `cluda prepare {what} --data-root {shlex.quote(str(data_root))}`"
+    if known:
+        remedy += f"; prepared: {', '.join(known)}"
+    raise DataError(f'dataset "{name}" is not prepared', data_root / "prepared", remedy)
 
 
 def seen_classes(index: Index, split: str = "train") -> tuple[str, ...]:

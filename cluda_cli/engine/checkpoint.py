@@ -3,9 +3,9 @@
 Neither is ever unpickled: weights are safetensors, state is read with `weights_only=True`. Both appear atomically.
 """
 
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from cluda_cli import __version__, presets
 from cluda_cli.data.labels import ClassTable
-from cluda_cli.errors import CludaError, DataError
+from cluda_cli.errors import CludaError, DataError, EnvironmentProblem, first_line
 from cluda_cli.files import atomic
 from cluda_cli.models.segmenter import Segmenter
 from cluda_cli.settings import Settings
@@ -62,7 +62,7 @@ def save_weights(
         "step": step,
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    with atomic(path) as temporary:
+    with _writing(path) as temporary:
         save_file(tensors, temporary, metadata={"cluda": json.dumps(description)})
 
 
@@ -90,32 +90,33 @@ def load_weights(path: Path, device: torch.device) -> Deployed:
     except (ValueError, KeyError, TypeError, RuntimeError, CludaError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"does not fit this version of cluda ({_first_line(error)})", path, "train again") from error
+        raise DataError(f"does not fit this version of cluda ({first_line(error)})", path, "train again") from error
     return Deployed(network.to(device).eval(), settings, classes, seen, network_name, step, path)
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write resumable state atomically: the previous good file is replaced only by a complete one."""
-    with atomic(path) as temporary:
+    with _writing(path) as temporary:
         torch.save(state, temporary)
 
 
-def load_state(path: Path, device: torch.device) -> dict[str, Any]:
-    """Read resumable state without executing anything. Raises DataError if it is missing or damaged."""
-    if not path.is_file():
-        raise DataError("no saved state", path, "the run never reached its first save; start it again")
+@contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    """`files.atomic`, with what the two writers raise on a full disk in place of OSError made an EnvironmentProblem."""
     try:
-        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        with atomic(path) as temporary:
+            yield temporary
+    except (SafetensorError, RuntimeError) as error:
+        what = f"cannot be written ({first_line(error)})"
+        raise EnvironmentProblem(what, path, "check disk space and permissions") from error
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read resumable state into main memory without executing anything. Raises DataError if missing or damaged."""
+    if not path.is_file():
+        raise DataError("no saved state", path, "start the run again with --overwrite")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for damaged files
-        raise DataError(f"saved state cannot be read ({_first_line(error)})", path) from error
+        raise DataError(f"saved state cannot be read ({first_line(error)})", path) from error
     return state
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -14,6 +14,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in {"cpu", "cuda", "mps"}:
+            raise RuntimeError("it is none of cpu, cuda, mps")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         have = "cuda" if torch.cuda.is_available() else "no GPU that this build of torch can use"

@@ -8,7 +8,7 @@ import torch
 from cluda_cli.adaptation.teacher import Teacher
 from cluda_cli.data.index import Index, seen_classes
 from cluda_cli.engine.optim import build_optimizer
-from cluda_cli.errors import RunError
+from cluda_cli.errors import RunError, SettingsError
 from cluda_cli.models.encoders import LoadReport, load_pretrained
 from cluda_cli.models.segmenter import Output, Segmenter
 from cluda_cli.objectives import build_objectives
@@ -32,6 +32,7 @@ class Run:
             self.weights: LoadReport | None = load_pretrained(self.student.encoder, settings.model)
             self.objectives = build_objectives(settings.objectives, self.student.encoder, source.classes)
         self.student.to(device)
+        self._try_crop()
         self.objectives.to(device)
         compiled = settings.training.compile and device.type == "cuda"
         self.forward: Callable[[torch.Tensor], Output] = torch.compile(self.student) if compiled else self.student
@@ -40,6 +41,19 @@ class Run:
         self.step = 0
         self.validated = 0
         self.best: dict[str, float] | None = None
+
+    def _try_crop(self) -> None:
+        """Raises SettingsError now if the network cannot take the training crop, rather than in the first step."""
+        image = torch.zeros(1, 3, *self.settings.data.crop, device=self.device)
+        self.student.eval()
+        try:
+            with torch.no_grad():
+                self.student(image)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            what = f"{self.settings.model.encoder} cannot take this crop ({str(error).splitlines()[0]})"
+            raise SettingsError(what, "data.crop", f"multiples of {self.student.pad_multiple} are safe") from error
 
     @property
     def evaluated(self) -> Segmenter:
@@ -63,7 +77,7 @@ class Run:
             self.student.load_state_dict(state["student"])
             self.teacher.load_state_dict(state["teacher"])
             self.objectives.load_state_dict(state["objectives"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self._load_optimizer(state["optimizer"])
             self.step, self.validated, self.best = state["step"], state["validated"], state["best"]
         except (RuntimeError, KeyError, ValueError) as error:
             raise RunError(
@@ -71,6 +85,13 @@ class Run:
                 "--resume",
                 "resume with the network and objectives that the run began with",
             ) from error
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """Moments from the state; rates and decay from the settings, which may have changed on resume."""
+        own = [{key: group[key] for key in ("base_lr", "weight_decay")} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state)
+        for group, values in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(values)
 
     def buffers(self) -> list[torch.Tensor]:
         """Every buffer that a forward may change."""

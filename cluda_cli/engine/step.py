@@ -47,12 +47,12 @@ def training_step(run: Run, batch: Batch) -> StepResult:
         values, total = _view_terms(run, view, {n: o for n, o in objectives.items() if view.name in o.views})
         terms |= values
         total.backward()
-    broken = [name for name, value in terms.items() if not torch.isfinite(value)]
-    if not broken and not torch.isfinite(_gradient_norm(run)):
-        broken = ["gradient"]
-    if broken:
+    # One look for all of them: on a GPU each look waits for the device.
+    watched = terms | {"gradient": _gradient_norm(run)}
+    if not torch.isfinite(torch.stack(list(watched.values()))).all():
         for buffer, value in before:
             buffer.copy_(value)
+        broken = [name for name, value in terms.items() if not torch.isfinite(value)] or ["gradient"]
         raise RunError(f"{', '.join(broken)} is not finite in step {step}", "training", _REMEDY)
     set_learning_rate(run.optimizer, run.settings.optimizer, step, run.settings.training.steps)
     run.optimizer.step()

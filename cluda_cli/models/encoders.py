@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cluda_cli import settings
 from cluda_cli.errors import DataError, SettingsError
+from cluda_cli.files import sha256
 from cluda_cli.models import weights
 from cluda_cli.models.mit import VARIANTS, MixTransformer
 
@@ -135,7 +136,7 @@ def _load(encoder: nn.Module, tensors: Mapping[str, Tensor], file: weights.Weigh
             unexpected.append(name)
     fitting = {name: tensor.float() for name, tensor in found.items() if tensor.shape == own[name].shape}
     report = LoadReport(
-        file.origin, weights.sha256(file.path), len(fitting), len(own), missing=tuple(n for n in own if n not in found),
+        file.origin, sha256(file.path), len(fitting), len(own), missing=tuple(n for n in own if n not in found),
         unexpected=tuple(unexpected), mismatched=tuple(n for n in found if n not in fitting),
     )  # fmt: skip
     if report.matched < MIN_MATCHED * report.total:

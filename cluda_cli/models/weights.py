@@ -3,7 +3,6 @@
 Files differ in container, prefix, precision and naming; all of that is settled here, so that networks stay plain.
 """
 
-import hashlib
 import pickle
 import re
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from huggingface_hub.errors import (
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cluda_cli.errors import DataError, EnvironmentProblem, SettingsError
+from cluda_cli.errors import DataError, EnvironmentProblem, SettingsError, first_line
 
 WHERE = "model.weights"
 HUB_PREFIX = "hf-hub:"
@@ -74,7 +73,7 @@ def read(path: Path) -> dict[str, Tensor]:
         message = "the file is damaged, or holds more than tensors (pickled code is never run)"
         raise DataError(message, path, "fetch it again, or convert it to safetensors") from None
     except Exception as problem:  # a damaged byte may surface as anything
-        raise DataError(f"the file cannot be read: {_first_line(problem)}", path, "fetch it again") from None
+        raise DataError(f"the file cannot be read: {first_line(problem)}", path, "fetch it again") from None
     while inner := [content[c] for c in CONTAINERS if isinstance(content, dict) and isinstance(content.get(c), dict)]:
         content = inner[0]
     named = content.items() if isinstance(content, dict) else ()
@@ -100,12 +99,6 @@ def to_encoder_names(tensors: Mapping[str, Tensor], encoder: str) -> dict[str, T
         table = torchvision_mobilenet_names()
         return {_renamed(name, table): tensor for name, tensor in named.items()}
     return named
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def torchvision_mobilenet_names() -> dict[str, str]:
@@ -180,22 +173,18 @@ def _fetch(repository: str, revision: str | None, files: tuple[str, ...]) -> Wei
         try:
             path = Path(huggingface_hub.hf_hub_download(repository, file, revision=revision))
         except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as problem:
-            message = f"the hub has no {version}: {_first_line(problem)}"
+            message = f"the hub has no {version}: {first_line(problem)}"
             raise SettingsError(message, WHERE, f"check the name and the revision, or set {WHERE} to a file") from None
         except LocalEntryNotFoundError as problem:  # what the client makes of a missing connection
-            raise EnvironmentProblem(f"{version} is out of reach: {_first_line(problem)}", WHERE, offline) from None
+            raise EnvironmentProblem(f"{version} is out of reach: {first_line(problem)}", WHERE, offline) from None
         except EntryNotFoundError:
             continue
         except Exception as problem:  # errors of several HTTP libraries come through unchanged
-            raise EnvironmentProblem(f"{version} is out of reach: {_first_line(problem)}", WHERE, offline) from None
+            raise EnvironmentProblem(f"{version} is out of reach: {first_line(problem)}", WHERE, offline) from None
         if path.parent.parent.name == "snapshots":  # the cache files what it fetched under the commit
             version = f"{repository}@{path.parent.name}"
         return WeightsFile(path, f"{version}/{file}")
     raise SettingsError(f"{version} holds no {' or '.join(files)}", WHERE, f"set {WHERE} to a file")
-
-
-def _first_line(problem: BaseException) -> str:
-    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
 
 
 def _renamed(name: str, modules: Mapping[str, str]) -> str:

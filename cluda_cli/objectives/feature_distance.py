@@ -1,6 +1,5 @@
 """Distance to the pretrained encoder. B batch, C channels, K classes, H W pixels, h w cells of the last encoder map."""
 
-import difflib
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Self
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from cluda_cli import settings
 from cluda_cli.adaptation.views import View
 from cluda_cli.data.labels import IGNORE, ClassTable
-from cluda_cli.errors import SettingsError
+from cluda_cli.errors import SettingsError, nearest
 from cluda_cli.models.segmenter import Output
 
 
@@ -82,7 +81,7 @@ def _train_ids(section: settings.FeatureDistance, classes: ClassTable) -> tuple[
         raise SettingsError("names no class", where, off)
     for name in section.classes:
         if name not in classes.names:
-            close = difflib.get_close_matches(name, classes.names, n=1)
-            remedy = f"did you mean {close[0]}?" if close else f"known: {', '.join(classes.names)}"
+            close = nearest(name, classes.names)
+            remedy = f"did you mean {close}?" if close else f"known: {', '.join(classes.names)}"
             raise SettingsError(f'the source has no class "{name}"', where, remedy)
     return tuple(classes.names.index(name) for name in section.classes)

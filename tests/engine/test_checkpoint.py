@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import resource
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import save_file
 
 from cluda_cli.data.labels import CITYSCAPES, ClassTable
 from cluda_cli.engine.checkpoint import load_state, load_weights, save_state, save_weights
-from cluda_cli.errors import DataError
+from cluda_cli.errors import DataError, EnvironmentProblem
 from cluda_cli.files import atomic
 from cluda_cli.models.segmenter import Segmenter
 from cluda_cli.presets import load
@@ -53,7 +54,7 @@ def test_missing_damaged_and_foreign_weights_are_told_apart(weights, tmp_path):
 def test_state_round_trips(tmp_path):
     state = {"step": 3, "best": None, "student": {"w": torch.arange(4.0)}}
     save_state(tmp_path / "resume" / "state.pt", state)
-    loaded = load_state(tmp_path / "resume" / "state.pt", CPU)
+    loaded = load_state(tmp_path / "resume" / "state.pt")
     assert (loaded["step"], loaded["best"]) == (3, None)
     assert torch.equal(loaded["student"]["w"], state["student"]["w"])
 
@@ -66,11 +67,30 @@ def test_state_that_would_execute_code_is_refused(tmp_path):
     path = tmp_path / "state.pt"
     path.write_bytes(pickle.dumps(Evil()))
     with pytest.raises(DataError, match="cannot be read"):
-        load_state(path, CPU)
+        load_state(path)
     torch.save(Evil(), path)
     with pytest.raises(DataError, match="cannot be read"):
-        load_state(path, CPU)
+        load_state(path)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("write", ["weights", "state"])
+def test_a_full_disk_is_one_clear_message_and_leaves_the_old_file(write, weights, tmp_path):
+    path, network = weights
+    old = path.read_bytes()
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # a write beyond it fails like one to a full disk
+    try:
+        with pytest.raises((EnvironmentProblem, OSError)) as failure:
+            if write == "weights":
+                save_weights(path, network, SETTINGS, CLASSES, ("road",), "student", 13)
+            else:
+                save_state(path, network.state_dict())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert "File too large" in str(failure.value) or "cannot be written" in str(failure.value)
+    assert path.read_bytes() == old
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):

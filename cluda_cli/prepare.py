@@ -85,6 +85,7 @@ def _unpack(published: Published, data_root: Path, check: bool) -> None:
 
 def _prepare_one(dataset: Dataset, data_root: Path, check: bool, skip_bad: bool, workers: int | None) -> Index:
     """Scan, check and convert one dataset, report, and write its index."""
+    _refuse_other(dataset, data_root / "prepared" / dataset.name)
     scan = scan_files(dataset, data_root / "prepared" / dataset.name)
     if not check and (index := _up_to_date(scan, skip_bad)):
         counts = [f"{len(items)} {name}" for name, items in index.splits.items()]
@@ -112,6 +113,18 @@ def _prepare_one(dataset: Dataset, data_root: Path, check: bool, skip_bad: bool,
         write_json(scan.folder / "manifest.json", {"inputs": scan.inputs, "bad": num_errors})
     _summarise(index)
     return index
+
+
+def _refuse_other(dataset: Dataset, folder: Path) -> None:
+    """Raises DataError if another dataset was prepared under this name: its labels would be replaced."""
+    if (folder / "index.json").is_file():
+        try:
+            root = Index.load(folder).root
+        except DataError:
+            return  # of a broken index nothing is worth keeping
+        if root.resolve() != Path(dataset.root).resolve() and root.exists():
+            remedy = "give the description another name, or remove that folder"
+            raise DataError(f'"{dataset.name}" is prepared from {root}', folder, remedy)
 
 
 def _up_to_date(scan: Scan, skip_bad: bool) -> Index | None:

@@ -7,6 +7,7 @@
 """
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -232,4 +233,6 @@ def _report(out: Path, manifest: dict[str, Any], as_json: bool) -> None:
     missing = [name for name, row in manifest["classes"].items() if not row["pixels"]]
     if missing:
         console.warn(f"no pixel is labelled: {', '.join(missing)}")
-    console.info(f"next: cluda train --source {out} ...")
+    console.info(
+        f"next: cluda train --source {shlex.quote(str(out))} ...   (images are then resized by data.source_box)"
+    )

@@ -369,3 +369,15 @@ def test_preparing_needs_no_torch() -> None:
     """Each worker process imports this much; torch would cost it seconds and half a gigabyte."""
     code = "import sys, cluda_cli.prepare, cluda_cli.data.conversion; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_another_dataset_of_the_same_name_is_kept(tmp_path: Path) -> None:
+    for folder in ("one", "other"):
+        image(tmp_path / folder / "images/0.png")
+        (tmp_path / f"{folder}.toml").write_text(
+            f'name = "city"\nroot = "{folder}"\n[splits.train]\nimages = "images/*.png"\n'
+        )
+    (first,) = prepare(str(tmp_path / "one.toml"), tmp_path / "data", workers=1)
+    with pytest.raises(DataError, match='"city" is prepared from'):
+        prepare(str(tmp_path / "other.toml"), tmp_path / "data", workers=1)
+    assert Index.load(first.folder) == first

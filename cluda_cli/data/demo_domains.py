@@ -124,8 +124,8 @@ DOMAINS: Mapping[str, Domain] = {
             camera_height=(1.3, 2.4), horizon=(0.39, 0.49), focal=(0.66, 0.9), yaw=0.09, gap=(4, 20), heavy=0.1,
             people=(3, 16), two_wheelers=(0, 3), greenery=0.38, building_height=(7, 22), crossing=0.45,
         ),
-        _CAMERA_PALETTE, sun_height=(8, 50), overcast=(0.1, 0.8), fog=(0.001, 0.006), grain=0.7, lit=(0.02, 0.2),
-        exposure=(-0.35, 0.25), warmth=0.05, saturation=(0.8, 1.1), blur=(0.35, 0.75), vignette=(0.1, 0.35),
+        _CAMERA_PALETTE, sun_height=(8, 50), overcast=(0.1, 0.8), fog=(0.002, 0.009), grain=0.7, lit=(0.02, 0.2),
+        exposure=(-0.9, 0.0), warmth=0.05, saturation=(0.8, 1.1), blur=(0.35, 0.75), vignette=(0.1, 0.35),
         noise=(1.5, 5.0),
     ),
 }  # fmt: skip

@@ -26,7 +26,7 @@ class Output:
 class Segmenter(nn.Module):
     """Encoder and DAFormer decoder, with random weights from torch's global generator.
 
-    The height and width of an image must be multiples of `pad_multiple`. With `freeze_batch_norm` the encoder's batch
+    Images whose sides are multiples of `pad_multiple` fit every encoder; most convolutional ones take any size. With `freeze_batch_norm` the encoder's batch
     norms keep their statistics in training mode too, and their affine parameters do not learn.
     """
 
@@ -42,7 +42,7 @@ class Segmenter(nn.Module):
 
     @property
     def pad_multiple(self) -> int:
-        """Height and width of an image must be multiples of it."""
+        """Images whose height and width are multiples of it fit the encoder."""
         return self.encoder.pad_multiple
 
     def forward(self, image: Tensor) -> Output:

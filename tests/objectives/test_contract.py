@@ -139,13 +139,11 @@ def test_no_tensor_is_quadratic_in_pixels(name: str, view_name: str) -> None:
     assert max(event.cpu_memory_usage for event in profile.events()) < 8 * 2**20
 
 
-def test_state_round_trips_and_holds_no_frozen_network() -> None:
-    saved = objectives().state_dict()
-    assert not [key for key in saved if "scale" in key]
-    fresh = objectives()
-    fresh.load_state_dict(saved)
-    assert fresh.state_dict().keys() == saved.keys()
-    assert not list(fresh.parameters())
+def test_today_no_objective_has_state_and_none_saves_its_frozen_network() -> None:
+    """An objective that gets buffers of its own has to change this test to a round trip of theirs."""
+    built = objectives()
+    assert not built.state_dict()
+    assert not list(built.parameters())
 
 
 def test_settings_choose_the_objectives() -> None:

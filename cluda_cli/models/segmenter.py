@@ -26,8 +26,9 @@ class Output:
 class Segmenter(nn.Module):
     """Encoder and DAFormer decoder, with random weights from torch's global generator.
 
-    Images whose sides are multiples of `pad_multiple` fit every encoder; most convolutional ones take any size. With `freeze_batch_norm` the encoder's batch
-    norms keep their statistics in training mode too, and their affine parameters do not learn.
+    Images whose sides are multiples of `pad_multiple` fit every encoder; most convolutional ones take any size. With
+    `freeze_batch_norm` the encoder's batch norms keep their statistics in training mode too, and their affine
+    parameters do not learn.
     """
 
     def __init__(self, model: settings.Model, num_classes: int) -> None:

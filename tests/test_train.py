@@ -19,6 +19,7 @@ from cluda_cli import train as verb
 from cluda_cli.data.index import find
 from cluda_cli.data.labels import ClassTable
 from cluda_cli.engine.checkpoint import load_state, load_weights
+from cluda_cli.engine.folder import RunFolder
 from cluda_cli.errors import DataError, Interrupted, RunError, SettingsError
 from cluda_cli.train import train
 
@@ -56,8 +57,8 @@ def stop_after(monkeypatch):
     def arrange(step, number=signal.SIGINT):
         honest = verb._log
 
-        def log(run, folder, terms):
-            honest(run, folder, terms)
+        def log(run, files, terms):
+            honest(run, files, terms)
             if run.step == step:
                 os.kill(os.getpid(), number)
 
@@ -196,15 +197,14 @@ def test_settings_changed_on_resume_act_and_are_kept(tiny_settings, tmp_path):
 
 def test_a_request_while_best_weights_are_written_loses_nothing(tiny_settings, tmp_path, monkeypatch):
     train(tiny_settings, tmp_path / "whole")
-    honest = verb._save_weights
+    honest = RunFolder.save_best
 
-    def save_weights(run, path):
-        if path.name == "best.safetensors":
-            os.kill(os.getpid(), signal.SIGINT)
-        honest(run, path)
+    def save_best(files, run):
+        os.kill(os.getpid(), signal.SIGINT)
+        honest(files, run)
 
     with monkeypatch.context() as patch:
-        patch.setattr(verb, "_save_weights", save_weights)
+        patch.setattr(RunFolder, "save_best", save_best)
         with pytest.raises(Interrupted):
             train(tiny_settings, tmp_path / "parts")
     train(tiny_settings, tmp_path / "parts", resume=True)

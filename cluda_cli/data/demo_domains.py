@@ -125,7 +125,7 @@ DOMAINS: Mapping[str, Domain] = {
             people=(3, 16), two_wheelers=(0, 3), greenery=0.38, building_height=(7, 22), crossing=0.45,
         ),
         _CAMERA_PALETTE, sun_height=(8, 50), overcast=(0.1, 0.8), fog=(0.002, 0.009), grain=0.7, lit=(0.02, 0.2),
-        exposure=(-0.9, 0.0), warmth=0.05, saturation=(0.8, 1.1), blur=(0.35, 0.75), vignette=(0.1, 0.35),
+        exposure=(-1.1, -0.2), warmth=0.05, saturation=(0.8, 1.1), blur=(0.35, 0.75), vignette=(0.1, 0.35),
         noise=(1.5, 5.0),
     ),
 }  # fmt: skip

@@ -1,0 +1,154 @@
+"""The folder of a run: what lies in it, when each file appears, and what a resumed run takes from it.
+
+settings.json      resolved settings, a valid preset        manifest.json      versions, data, hashes
+metrics.jsonl      a line per log and per validation        pictures/          what steps saw
+best.safetensors   weights with the best validation         last.safetensors   weights of the last save
+resume/state.pt    everything from which the run goes on
+"""
+
+import json
+import math
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+
+from cluda_cli import __version__
+from cluda_cli.data.index import Index
+from cluda_cli.engine.checkpoint import load_state, save_state, save_weights
+from cluda_cli.engine.run import Run
+from cluda_cli.errors import DataError, SettingsError
+from cluda_cli.files import remove_temporaries, write_json, write_text
+
+
+class RunFolder:
+    """Reads and writes one run folder; every file but the log appears atomically."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.settings, self.manifest, self.metrics = (
+            path / name for name in ("settings.json", "manifest.json", "metrics.jsonl")
+        )
+        self.best, self.last = path / "best.safetensors", path / "last.safetensors"
+        self.state, self.pictures = path / "resume" / "state.pt", path / "pictures"
+
+    def refuse_taken(self, overwrite: bool) -> None:
+        """Raises SettingsError if a new run would disturb an old one, or something that is not a run."""
+        if self.settings.exists():
+            if not overwrite:
+                remedy = "go on with --resume, replace it with --overwrite, or name another folder with --run"
+                raise SettingsError("this run exists", self.path, remedy)
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise SettingsError("exists and is not a run", self.path, "name another folder with --run")
+
+    def begin(self, run: Run, source: Index, target: Index) -> None:
+        """Make the folder that of a new run, with a state from which a run killed early resumes too."""
+        for leftover in [self.metrics, self.best, self.last, self.state, *self.pictures.glob("*.png")]:
+            leftover.unlink(missing_ok=True)
+        write_json(self.manifest, _manifest(run, source, target))
+        self._settle(run)
+        save_state(self.state, run.state_dict())
+
+    def resume(self, run: Run, source: Index, target: Index) -> None:
+        """Bring a run to its last saved state and the folder's files to its step.
+
+        Raises DataError if the data are not those it began with, SettingsError if it is beyond its last step.
+        """
+        try:
+            began = json.loads(self.manifest.read_text(encoding="utf-8"))
+            fingerprints = {domain: began[domain]["fingerprint"] for domain in ("source", "target")}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"cannot be read ({error})", self.manifest, "start the run again with --overwrite"
+            ) from error
+        for domain, index in (("source", source), ("target", target)):
+            if index.fingerprint != fingerprints[domain]:
+                what = f"the {domain} dataset changed since the run began"
+                raise DataError(what, index.folder, "start a new run with --run")
+        run.load_state_dict(load_state(self.state))
+        steps = run.settings.training.steps
+        if run.step > steps:
+            raise SettingsError(
+                f"the run is at step {run.step}, beyond {steps}", "training.steps", "give a larger --steps"
+            )
+        if self.metrics.is_file():  # what was written after the saved state will be written again
+            lines = [line for line in self.metrics.read_text(encoding="utf-8").splitlines() if _belongs(line, run)]
+            write_text(self.metrics, "".join(line + "\n" for line in lines))
+        self._settle(run)
+
+    def _settle(self, run: Run) -> None:
+        """What a new and a resumed run do alike: clear what a kill left behind, keep the settings in force."""
+        remove_temporaries(self.path)
+        remove_temporaries(self.state.parent)
+        write_text(self.settings, run.settings.model_dump_json(indent=2) + "\n")
+
+    def save(self, run: Run) -> None:
+        """Last weights and resumable state; the state comes last, because the weights follow from it."""
+        self._save_weights(run, self.last)
+        save_state(self.state, run.state_dict())
+
+    def save_best(self, run: Run) -> None:
+        self._save_weights(run, self.best)
+
+    def _save_weights(self, run: Run, path: Path) -> None:
+        name = run.settings.evaluation.network
+        save_weights(path, run.evaluated, run.settings, run.classes, run.seen, name, run.step)
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Append a line to the metrics; NaN becomes null, which every JSON reader accepts."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(line)) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """NaN becomes null, which every JSON reader accepts."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _belongs(line: str, run: Run) -> bool:
+    """Whether a line of metrics.jsonl was written before the saved state; one cut short by a kill was not."""
+    try:
+        content = json.loads(line)
+        return bool(content["step"] <= (run.validated if "miou" in content else run.step))
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _manifest(run: Run, source: Index, target: Index) -> dict[str, Any]:
+    """What one needs to know to repeat the run."""
+    gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None
+    versions = {"cluda": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+    versions |= {"torchvision": str(torchvision.__version__), "timm": timm.__version__}
+    weights = {"origin": run.weights.origin, "sha256": run.weights.sha256} if run.weights else None
+    return {
+        "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": versions,
+        "commit": _commit(),
+        "device": str(run.device),
+        "gpu": gpu,
+        "platform": platform.platform(),
+        "weights": weights,
+        "source": {"name": source.name, "fingerprint": source.fingerprint},
+        "target": {"name": target.name, "fingerprint": target.fingerprint},
+        "classes": list(run.classes.names),
+        "unseen": [name for name in run.classes.names if name not in run.seen],
+    }
+
+
+def _commit() -> str | None:
+    """Git commit of a source checkout; None for an installed package."""
+    package = Path(__file__).parents[1]
+    if not (package.parent / ".git").exists():
+        return None
+    command = ["git", "-C", str(package), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -19,6 +19,7 @@ Examples:
   cluda eval --ckpt runs/demo/best.safetensors
   cluda predict images/                   with the newest run's best weights
 
+\b
 Exit codes: 0 done, 1 the run failed, 2 usage or settings, 3 data,
 4 environment, 130 interrupted with state saved.
 """
@@ -61,12 +62,14 @@ app = typer.Typer(
 )
 
 Presets = Annotated[
-    list[str] | None, typer.Option("--preset", help="Preset name or file; repeat to lay one over another.")
+    list[str] | None,
+    typer.Option("--preset", metavar="NAME", help="Preset name or file; repeat to lay one over another."),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any setting; repeatable.")
 ]
 DataRoot = Annotated[Path | None, typer.Option("--data-root", help="Folder of the datasets.  [default: data]")]
+RunsDataRoot = Annotated[Path | None, typer.Option("--data-root", help="Folder of the datasets.  [default: the run's]")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
 Checkpoint = Annotated[Path, typer.Option("--ckpt", help="Weights of a run: best.safetensors or last.safetensors.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -133,6 +136,8 @@ def train(
     options = {section: {k: v for k, v in values.items() if v is not None} for section, values in named.items()}
     folder = run or _default_folder(preset or [], resume)
     if resume:
+        if preset:
+            console.warn("--preset only names the folder here; a resumed run keeps its own settings")
         settings = presets.resume(folder, options, set_ or [])
     else:
         settings = presets.load(preset or [], options, set_ or [])
@@ -153,32 +158,35 @@ def _default_folder(preset: list[str], resume: bool) -> Path:
     return saved[-1].parent.parent
 
 
-@app.command("pseudo-label")
+@app.command("pseudo-label", short_help="Label the target; the result is a dataset for train --source.")
 def pseudo_label(
     ckpt: Checkpoint,
     dataset: Annotated[str | None, typer.Option(help="Prepared dataset.  [default: the run's target]")] = None,
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
     out: Annotated[Path | None, typer.Option(help="Folder.  [default: pseudo-labels/... beside the weights]")] = None,
     threshold: Annotated[
-        float, typer.Option(min=0, max=1, help="Less confident pixels become 255; 0 keeps all.")
-    ] = 0.968,
+        float | None,
+        typer.Option(min=0, max=1, metavar="0..1", help="Less confident pixels become 255.  [default: 0.968]"),
+    ] = None,
     per_class: Annotated[
         bool, typer.Option("--per-class", help="Threshold of a class: its median confidence, at most 0.9.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier pseudo-labels there.")] = False,
-    data_root: DataRoot = None,
+    data_root: RunsDataRoot = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Label the target with a trained network; the result is a dataset that `train --source` accepts."""
-    from cluda_cli.pseudo_label import pseudo_label
+    if per_class and threshold is not None:
+        raise SettingsError("--threshold and --per-class exclude each other", "pseudo-label", "give one of them")
+    from cluda_cli.pseudo_label import THRESHOLD, pseudo_label
 
     pseudo_label(
         ckpt,
         dataset=dataset,
         split=split,
         out=out,
-        threshold=threshold,
+        threshold=THRESHOLD if threshold is None else threshold,
         per_class=per_class,
         overwrite=overwrite,
         data_root=data_root,
@@ -192,7 +200,7 @@ def evaluate(
     ckpt: Checkpoint,
     dataset: Annotated[str | None, typer.Option(help="Prepared dataset.  [default: the run's target]")] = None,
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "val",
-    data_root: DataRoot = None,
+    data_root: RunsDataRoot = None,
     device: Device = "auto",
     as_json: AsJson = False,
     confusion: Annotated[Path | None, typer.Option(help="Also write the confusion matrix to this JSON file.")] = None,
@@ -207,13 +215,14 @@ def evaluate(
 
 @app.command()
 def predict(
-    images: Annotated[list[str], typer.Argument(help="Files, folders or globs.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help="Files, folders or globs.")],
     ckpt: Annotated[Path | None, typer.Option("--ckpt", help="Weights.  [default: the newest run's best]")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("predictions"),
     output: Annotated[
         list[str] | None,
         typer.Option(
-            help="train-id, label-id, color, overlay, confidence; repeatable.  [default: train-id, color, overlay]"
+            metavar="NAME",
+            help="train-id, label-id, color, overlay, confidence; repeatable.  [default: train-id, color, overlay]",
         ),
     ] = None,
     device: Device = "auto",
@@ -223,14 +232,18 @@ def predict(
     from cluda_cli.predict import newest_checkpoint, predict
 
     checkpoint = ckpt or newest_checkpoint(Path("runs"))
+    if not ckpt:
+        console.info(f"weights: {checkpoint}")
     outputs = output or ["train-id", "color", "overlay"]
     predict(images, checkpoint=checkpoint, out=out, outputs=outputs, device=device, as_json=as_json)
 
 
-@app.command("presets")
+@app.command("presets", short_help="List the presets, or show resolved settings.")
 def show_presets(
     action: Annotated[str, typer.Argument(help="list or show")] = "list",
-    name: Annotated[list[str] | None, typer.Argument(help="Presets or files to resolve, left to right.")] = None,
+    name: Annotated[
+        list[str] | None, typer.Argument(metavar="PRESET...", help="Presets or files to resolve, left to right.")
+    ] = None,
     set_: Overrides = None,
 ) -> None:
     """List the presets, or print the resolved settings of some as TOML with differences from the defaults marked."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cluda_cli.errors import CludaError
+from cluda_cli.errors import CludaError, Interrupted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,11 +20,14 @@ T = TypeVar("T")
 PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal
 
 
+_live: "Console | None" = None  # that of the bar on the screen, above which lines have to be printed
+
+
 def stderr() -> "Console":
-    """A fresh console, so that redirection of sys.stderr (tests, notebooks) is respected."""
+    """The console of the bar on the screen, else a fresh one, so that redirection of sys.stderr is respected."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return _live or Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def stdout() -> "Console":
@@ -44,9 +47,12 @@ def warn(text: str) -> None:
 
 
 def error(problem: CludaError) -> None:
-    """What is wrong, where, and what to do."""
+    """What is wrong, where, and what to do; a run that was asked to stop is told without alarm."""
     where = f"{problem.where}: " if problem.where else ""
-    stderr().print(f"error: {where}{problem.what}", style="bold red", markup=False)
+    if isinstance(problem, Interrupted):
+        info(problem.what)
+    else:
+        stderr().print(f"error: {where}{problem.what}", style="bold red", markup=False)
     if problem.remedy:
         stderr().print(f"  {problem.remedy}", markup=False)
 
@@ -79,6 +85,11 @@ def result_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str
     stdout().print(table(title, columns, rows))
 
 
+def _set_live(console: "Console | None") -> None:
+    global _live
+    _live = console
+
+
 class Progress:
     """Progress with remaining time: a bar on a terminal, a plain line every few seconds elsewhere."""
 
@@ -96,6 +107,7 @@ class Progress:
                 progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[note]}"),
                 console=stderr(), transient=True,
             )  # fmt: skip
+            _set_live(self._bar.console)
             self._bar.start()
             self._task = self._bar.add_task(self.what, total=self.total, completed=self.done, note="")
         return self
@@ -103,6 +115,7 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._bar:
             self._bar.stop()
+            _set_live(None)
 
     def advance(self, note: str = "") -> None:
         """One unit done; `note` says what a reader wants to know meanwhile, such as the loss."""
@@ -119,10 +132,12 @@ class Progress:
         """Clear the terminal line while another bar is shown."""
         if self._bar:
             self._bar.stop()
+            _set_live(None)
         try:
             yield
         finally:
             if self._bar:
+                _set_live(self._bar.console)
                 self._bar.start()
 
     def seconds_left(self) -> float:

@@ -59,6 +59,8 @@ def predict(
     and skipped, and DataError is raised at the end. Raises DataError too if there is no image or a result would
     replace an input, SettingsError for an unknown output.
     """
+    if out.exists() and not out.is_dir():
+        raise SettingsError("is a file; the results need a folder", out, "name another with --out")
     unknown = sorted(set(outputs) - set(OUTPUTS))
     if unknown or not outputs:
         raise SettingsError(

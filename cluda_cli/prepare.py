@@ -101,13 +101,15 @@ def _prepare_one(dataset: Dataset, data_root: Path, check: bool, skip_bad: bool,
     problems = [*scan.problems, *(p for outcome in outcomes.values() for p in outcome.problems), *_absent(index)]
     for line in report_lines(problems):
         console.result(line)
-    num_errors = sum(problem.kind.is_error for problem in problems)
+    num_errors = len({problem.file for problem in problems if problem.kind.is_error})
     if num_errors and not skip_bad:
         number = f"{num_errors} files" if num_errors > 1 else "1 file"
         remedy = "correct them, or leave out the pairs concerned with --skip-bad"
         raise DataError(f"{number} would spoil training, as listed above", dataset.name, remedy)
     if not any(index.splits.values()):
         raise DataError("no usable image is left", dataset.root, "see the problems above")
+    if num_errors and not check:
+        console.result(f"left out, because of the errors above: {num_errors} files")
     if not check:
         index.save()
         write_json(scan.folder / "manifest.json", {"inputs": scan.inputs, "bad": num_errors})

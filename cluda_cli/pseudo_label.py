@@ -32,6 +32,7 @@ from cluda_cli.predict import unique_names
 
 Pixels = NDArray[np.uint8]
 KIND = "pseudo-labels"
+THRESHOLD = 0.968  # that of the teacher's confidence weight in DACS
 LARGEST_THRESHOLD = 0.9  # of a class with per_class, as in the released self-training of BDL (Li et al., CVPR 2019)
 LEVELS = torch.arange(256, dtype=torch.float64) / 255  # the confidences that a confidence map can hold
 
@@ -42,7 +43,7 @@ def pseudo_label(
     dataset: str | None = None,
     split: str = "train",
     out: Path | None = None,
-    threshold: float = 0.968,
+    threshold: float = THRESHOLD,
     per_class: bool = False,
     data_root: Path | None = None,
     device: str = "auto",
@@ -233,6 +234,9 @@ def _report(out: Path, manifest: dict[str, Any], as_json: bool) -> None:
     missing = [name for name, row in manifest["classes"].items() if not row["pixels"]]
     if missing:
         console.warn(f"no pixel is labelled: {', '.join(missing)}")
+    if manifest["coverage"] == 0:
+        console.warn("no pixel is confident enough: lower --threshold, or use --per-class")
+        return
     console.info(
         f"next: cluda train --source {shlex.quote(str(out))} ...   (images are then resized by data.source_box)"
     )

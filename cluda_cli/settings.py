@@ -54,9 +54,9 @@ class Data(Section):
     """Folder of the datasets; prepared ones lie in its subfolder `prepared`."""
     crop: Size = (512, 512)
     """Training crop, height x width, pixels."""
-    source_box: Optional[Size] = (720, 1280)
+    source_box: Optional[Size] = (760, 1280)
     """Source images are resized, keeping their shape, to fit this box (in either orientation); false keeps the size."""
-    target_box: Optional[Size] = (512, 1024)
+    target_box: Optional[Size] = (540, 1024)
     """The same for target images, in training, evaluation and prediction."""
     batch_size: int = Field(2, ge=1)
     """Images per domain in one step."""

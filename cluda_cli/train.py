@@ -88,11 +88,12 @@ def _loop(
                 return
             batch = next(stream).to(run.device)
             result = training_step(run, batch)
+            note = ""
             if _due(run.step, training.log_every, steps) or run.step == 1:
-                _log(run, files, result.terms)
+                note = _log(run, files, result.terms)
             if training.pictures_every and _due(run.step, training.pictures_every, steps):
                 write_pictures(files.pictures / f"{run.step:06d}.png", run, batch, result.views)
-            progress.advance()
+            progress.advance(note)
 
 
 def _due(step: int, every: int, steps: int) -> bool:
@@ -118,11 +119,12 @@ def _validate(run: Run, files: RunFolder, target: Index, stop: "_StopRequest") -
     console.info(f"step {run.step}: {target.name} val mIoU {miou:.2f}, pixel accuracy {accuracy:.2f}")
 
 
-def _log(run: Run, files: RunFolder, terms: dict[str, torch.Tensor]) -> None:
-    """One line of metrics.jsonl; null is a term that had nothing to measure in this step."""
+def _log(run: Run, files: RunFolder, terms: dict[str, torch.Tensor]) -> str:
+    """One line of metrics.jsonl, and the same for the screen; null, or -, had nothing to measure in this step."""
     values = {name: value or None for name, value in ((name, float(value)) for name, value in terms.items())}
     rate = run.optimizer.param_groups[0]["lr"]
     files.log({"step": run.step, "lr": rate, "terms": values})
+    return ", ".join(f"{name} {value:.3f}" if value else f"{name} -" for name, value in values.items())
 
 
 def _dataset(name: str, root: Path) -> Index:

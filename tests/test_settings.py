@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from cluda_cli import settings
+from cluda_cli.data.transforms import fit_box
 
 SECTIONS = [m for m in vars(settings).values() if isinstance(m, type) and issubclass(m, settings.Section)]
 PAGE = Path(__file__).parent.parent / "docs" / "settings.md"
@@ -33,6 +34,19 @@ def test_defaults_are_the_papers_values():
     assert s.objectives.feature_distance.weight == 0.005
     assert (s.objectives.pixel_contrast.temperature, s.objectives.pixel_contrast.size) == (1.0, 65)
     assert s.data.rare_class.image_pixels(s.data.crop) == 3000
+
+
+@pytest.mark.parametrize(
+    ("domain", "size", "resized"),
+    [
+        ("source", (1052, 1914), (704, 1280)),  # GTA5
+        ("source", (760, 1280), (760, 1280)),  # SYNTHIA
+        ("target", (1024, 2048), (512, 1024)),  # Cityscapes
+        ("target", (1080, 1920), (540, 960)),  # ACDC and Dark Zurich
+    ],
+)
+def test_the_default_boxes_give_the_papers_sizes_for_every_dataset(domain, size, resized):
+    assert fit_box(size, getattr(settings.Data(), f"{domain}_box")) == resized
 
 
 def test_the_rare_class_threshold_follows_the_crop_unless_set():

@@ -58,9 +58,10 @@ def stop_after(monkeypatch):
         honest = verb._log
 
         def log(run, files, terms):
-            honest(run, files, terms)
+            note = honest(run, files, terms)
             if run.step == step:
                 os.kill(os.getpid(), number)
+            return note
 
         monkeypatch.setattr(verb, "_log", log)
 

@@ -85,7 +85,8 @@ class DescriptionTable(Section):
 def read_description(path: Path) -> Dataset:
     """The dataset that a TOML file describes.
 
-    Raises SettingsError with every problem of the file at once, DataError if a folder or list it names is missing.
+    Raises SettingsError with all problems of form at once, then with all of content; DataError if a folder or list it
+    names is missing.
     """
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))

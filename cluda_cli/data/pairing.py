@@ -79,6 +79,9 @@ def find_pairs(root: Path, splits: Sequence[Split]) -> Pairs:
             result.problems += [Problem(Kind.NO_LABEL, i.path) for i in clear if i.path not in matched]
             used = ambiguous | set(matched.values())
             result.problems += [Problem(Kind.NO_IMAGE, label.path) for label in labels if label.path not in used]
+            if images and not matched and not ambiguous:
+                names = f"images are named like {images[0].key}, labels like {labels[0].key if labels else '(none)'}"
+                result.problems.append(Problem(Kind.UNPAIRED, split.name, names))
         present = {name for image in images for name in image.names}
         absent = sorted(split.listed - present)
         result.problems += [Problem(Kind.LISTED, name, f"in the list of split {split.name}") for name in absent]
@@ -97,8 +100,11 @@ def find_files(root: Path, pattern: str) -> Iterator[Found]:
         # Groups of the folders come first; those of the file name are numbered from `folders + 1`.
         folders = sum(_count_groups(part) for part in pattern.split("/")[: depth - 1])
         folder = "/".join(part.strip("/") for part in found.groups()[:folders] if part.strip("/"))
-        key = "_".join(found.groups()[folders:])
-        if pattern[-1] in "*?]":  # the last wildcard swallowed the suffix
+        parts = found.groups()[folders:]
+        if len(parts) > 1 and _ANY_SUFFIX.search(pattern):  # the last wildcard stands for the suffix alone
+            parts = parts[:-1]
+        key = "_".join(parts)
+        if len(parts) == len(found.groups()[folders:]) and pattern[-1] in "*?]":  # it swallowed the suffix
             key = str(PurePosixPath(key).with_suffix("")) if key else key
         yield Found(name, folder, key)
 
@@ -159,6 +165,7 @@ def _shared(pairs: Sequence[Pair]) -> list[Problem]:
 
 _WILDCARD = re.compile(r"\*|\?|\[[^\]]+\]")
 _WILDCARDS = re.compile(rf"(?:{_WILDCARD.pattern})+")
+_ANY_SUFFIX = re.compile(rf"\.(?:{_WILDCARD.pattern})+$")
 
 
 def _count_groups(part: str) -> int:

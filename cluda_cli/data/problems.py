@@ -20,6 +20,7 @@ class Kind(Enum):
     LOSSY = ("labels in a lossy format", True, "compression changes the ids near edges; export the labels as PNG")
     FORM = ("labels of the wrong form", True, "")
     DUPLICATE = ("images or labels that share a name", True, "it is unclear which label belongs to which image")
+    UNPAIRED = ("splits in which no label fits an image", True, "names must agree where the patterns have wildcards")
     NO_LABEL = ("images without a label", False, "")
     NO_IMAGE = ("labels without an image", False, "")
     LISTED = ("listed names without an image", False, "")

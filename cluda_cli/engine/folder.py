@@ -61,14 +61,16 @@ class RunFolder:
         """
         try:
             began = json.loads(self.manifest.read_text(encoding="utf-8"))
-            fingerprints = {domain: began[domain]["fingerprint"] for domain in ("source", "target")}
+            used = {domain: (began[domain]["name"], began[domain]["fingerprint"]) for domain in ("source", "target")}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"cannot be read ({error})", self.manifest, "start the run again with --overwrite"
             ) from error
         for domain, index in (("source", source), ("target", target)):
-            if index.fingerprint != fingerprints[domain]:
-                what = f"the {domain} dataset changed since the run began"
+            name, fingerprint = used[domain]
+            if index.fingerprint != fingerprint:
+                changed = f"the {domain} dataset changed since the run began"
+                what = changed if index.name == name else f"the run began with another {domain}, {name}"
                 raise DataError(what, index.folder, "start a new run with --run")
         run.load_state_dict(load_state(self.state))
         steps = run.settings.training.steps

@@ -8,7 +8,7 @@ import torch
 from cluda_cli.adaptation.teacher import Teacher
 from cluda_cli.data.index import Index, seen_classes
 from cluda_cli.engine.optim import build_optimizer
-from cluda_cli.errors import RunError, SettingsError
+from cluda_cli.errors import SettingsError
 from cluda_cli.models.encoders import LoadReport, load_pretrained
 from cluda_cli.models.segmenter import Output, Segmenter
 from cluda_cli.objectives import build_objectives
@@ -72,7 +72,7 @@ class Run:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises RunError if the state is of another network or other objectives."""
+        """Raises SettingsError if the state is of another network or other objectives."""
         try:
             self.student.load_state_dict(state["student"])
             self.teacher.load_state_dict(state["teacher"])
@@ -80,11 +80,9 @@ class Run:
             self._load_optimizer(state["optimizer"])
             self.step, self.validated, self.best = state["step"], state["validated"], state["best"]
         except (RuntimeError, KeyError, ValueError) as error:
-            raise RunError(
-                f"saved state does not fit the settings ({str(error).splitlines()[0]})",
-                "--resume",
-                "resume with the network and objectives that the run began with",
-            ) from error
+            detail = str(error).strip().splitlines()[-1].strip()  # torch's first line is a heading
+            remedy = "resume with the network and objectives that the run began with"
+            raise SettingsError(f"saved state does not fit the settings ({detail})", "--resume", remedy) from error
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
         """Moments from the state; rates and decay from the settings, which may have changed on resume."""

@@ -14,6 +14,12 @@ from cluda_cli.errors import RunError
 from cluda_cli.models.segmenter import Segmenter
 
 CPU = torch.device("cpu")
+# source, feature distance, contrast on source, mixed, contrast on mixed; in steps 0, 1, 2 of `tiny_settings`
+KNOWN_LOSSES = [
+    [1.5103, 35.4904, 4.9061, 0.7419, 1.4976],
+    [1.6075, 38.7971, 5.0505, 0.8206, 1.6390],
+    [1.6104, 0.0, 5.0561, 0.9369, 1.8577],
+]
 
 
 def changed(settings, tree):
@@ -148,3 +154,11 @@ def test_every_preset_takes_a_step(name, overlay, tiny_settings, tmp_path):
     assert set(run.objectives) == {n for n, o in preset.objectives if o is not None}
     assert all(torch.isfinite(value) for value in result.terms.values())
     assert not torch.equal(before, flat(run.student))
+
+
+def test_a_smoke_run_gives_the_losses_it_always_gave(tiny_settings):
+    """A change that shall not alter numerics passes this; one that shall writes the table anew and says why."""
+    run, stream = start(tiny_settings)
+    steps = [training_step(run, batch).terms for batch, _ in zip(stream, range(3), strict=False)]
+    found = [[round(float(value), 4) for value in terms.values()] for terms in steps]
+    assert found == [pytest.approx(row, rel=1e-2) for row in KNOWN_LOSSES], found

@@ -46,6 +46,17 @@ def test_values_of_the_specification(num_images: int, weighted: bool, temperatur
     assert PixelContrast(section, frozenset({"mixed"}))(output, view).item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("num_images", "weighted", "expected"),
+    [(1, False, 2.94864732), (1, True, 1.39050857), (2, False, 3.49832171), (2, True, 1.61943589)],
+)
+def test_values_of_the_specification_with_ignored_pixels_as_one_more_class(num_images, weighted, expected) -> None:
+    features, label, weight = formula_inputs(num_images)
+    weight = weight if weighted else torch.ones_like(weight)
+    value = contrast(*to_rows(features, label.where(label != 255, 100), weight, size=65), temperature=1.0)
+    assert value.item() == pytest.approx(expected, abs=6e-9)
+
+
 def test_rows_labels_and_weights_stay_together() -> None:
     """Every cell carries its own number in all three; a difference in flattening order would tear them apart."""
     number = torch.arange(24).view(2, 3, 4)

@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cluda_cli.errors import DataError, EnvironmentProblem, SettingsError
+from cluda_cli.files import sha256
 from cluda_cli.models.encoders import build_encoder, load_pretrained
 from cluda_cli.models.segmenter import Segmenter
-from cluda_cli.models.weights import MIT_HUB, sha256
+from cluda_cli.models.weights import MIT_HUB
 from cluda_cli.settings import Decoder, Model
 
 State = dict[str, Tensor]

@@ -46,14 +46,14 @@ def train(settings: Settings, folder: Path, *, resume: bool = False, overwrite: 
         files.resume(run, source, target)
     steps, pin_memory = settings.training.steps, device.type == "cuda"
     stream = batches(source, target, settings.data, settings.training.seed, run.step, steps, pin_memory)
-    if not resume:  # only now, when all that can be wrong with settings and data has been found
-        files.begin(run, source, target)
-    if run.step == steps and (run.validated == steps or not target.labelled("val")):
-        console.info(f"already finished ({steps} of {steps} steps); --steps makes the run longer")
-        return
-    _announce(run, folder, source, target)
-    began = time.monotonic()
     with _StopRequest() as stop:
+        if not resume:  # only now, when all that can be wrong with settings and data has been found
+            files.begin(run, source, target)
+        if run.step == steps and (run.validated == steps or not target.labelled("val")):
+            console.info(f"already finished ({steps} of {steps} steps); --steps makes the run longer")
+            return
+        _announce(run, folder, source, target)
+        began = time.monotonic()
         try:
             _loop(run, files, target, stream, stop)
         except KeyboardInterrupt:  # in the middle of a step, where the state is not worth saving

@@ -24,7 +24,7 @@ from cluda_cli.models.segmenter import Output
 
 REPOSITORY = Path(__file__).parent.parent
 ALL_PAGES = ["README.md", *sorted(str(p.relative_to(REPOSITORY)) for p in REPOSITORY.glob("docs/**/*.md"))]
-PAGES = ["README.md", "docs/training.md", "docs/own-data.md", "docs/evaluation.md"]
+PAGES = ["README.md", "docs/training.md", "docs/own-data.md", "docs/evaluation.md", "docs/results.md"]
 # Laid over every shown `train`, so that it takes seconds; the method stays the one that is shown.
 TINY = [
     *("data.crop=[48,64]", "data.source_box=[48,80]", "data.target_box=[48,80]", "data.workers=0"),

@@ -120,11 +120,12 @@ def _validate(run: Run, files: RunFolder, target: Index, stop: "_StopRequest") -
 
 
 def _log(run: Run, files: RunFolder, terms: dict[str, torch.Tensor]) -> str:
-    """One line of metrics.jsonl, and the same for the screen; null, or -, had nothing to measure in this step."""
-    values = {name: value or None for name, value in ((name, float(value)) for name, value in terms.items())}
+    """One line of metrics.jsonl, where null is a term that had nothing to measure; the total loss for the screen."""
+    values = {name: float(value) for name, value in terms.items()}
     rate = run.optimizer.param_groups[0]["lr"]
-    files.log({"step": run.step, "lr": rate, "terms": values})
-    return ", ".join(f"{name} {value:.3f}" if value else f"{name} -" for name, value in values.items())
+    files.log({"step": run.step, "lr": rate, "terms": {name: value or None for name, value in values.items()}})
+    weights = {name: objective.settings.weight for name, objective in run.objectives.items()}
+    return f"loss {sum(weights[name.split('/')[1]] * value for name, value in values.items()):.3f}"
 
 
 def _dataset(name: str, root: Path) -> Index:

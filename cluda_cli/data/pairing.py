@@ -101,11 +101,10 @@ def find_files(root: Path, pattern: str) -> Iterator[Found]:
         folders = sum(_count_groups(part) for part in pattern.split("/")[: depth - 1])
         folder = "/".join(part.strip("/") for part in found.groups()[:folders] if part.strip("/"))
         parts = found.groups()[folders:]
-        if len(parts) > 1 and _ANY_SUFFIX.search(pattern):  # the last wildcard stands for the suffix alone
-            parts = parts[:-1]
-        key = "_".join(parts)
-        if len(parts) == len(found.groups()[folders:]) and pattern[-1] in "*?]":  # it swallowed the suffix
-            key = str(PurePosixPath(key).with_suffix("")) if key else key
+        suffix_alone = len(parts) > 1 and _ANY_SUFFIX.search(pattern)  # what the last wildcard stands for
+        key = "_".join(parts[:-1] if suffix_alone else parts)
+        if key and pattern[-1] in "*?]" and not suffix_alone:  # the last wildcard swallowed the suffix
+            key = str(PurePosixPath(key).with_suffix(""))
         yield Found(name, folder, key)
 
 

@@ -89,3 +89,30 @@ def test_an_image_in_two_splits_is_reported(tmp_path: Path) -> None:
     make(tmp_path, "i/01.png", "i/02.png")
     found = find_pairs(tmp_path, [Split("train", "i/*.png"), Split("val", "i/02.png")])
     assert [(p.kind, p.file, p.detail) for p in found.problems] == [(Kind.SHARED, "i/02.png", "train, val")]
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        ("i/*_rgb.png", "l/*_label.*"),
+        ("i/*_rgb.*", "l/*_label.png"),
+        ("i/*_rgb.*", "l/*_label.*"),
+        ("i/*", "l/*_label.*"),
+    ],
+)
+def test_a_wildcard_for_the_suffix_does_not_count_as_part_of_the_name(tmp_path: Path, images: str, labels: str) -> None:
+    if images == "i/*":
+        make(tmp_path, "i/00.png", "i/01.png", "l/00_label.png", "l/01_label.png")
+    else:
+        make(tmp_path, "i/00_rgb.png", "i/01_rgb.png", "l/00_label.png", "l/01_label.png")
+    found = find_pairs(tmp_path, [Split("train", images, labels)])
+    assert [pair.label for pair in found.pairs] == ["l/00_label.png", "l/01_label.png"]
+    assert not found.problems
+
+
+def test_a_split_in_which_nothing_fits_is_an_error_that_shows_both_names(tmp_path: Path) -> None:
+    make(tmp_path, "i/0.png", "l/0x.png")
+    found = find_pairs(tmp_path, [Split("train", "i/*.png", "l/*.png")])
+    (problem,) = [p for p in found.problems if p.kind.is_error]
+    assert (problem.kind, problem.file) == (Kind.UNPAIRED, "train")
+    assert problem.detail == "images are named like 0, labels like 0x"

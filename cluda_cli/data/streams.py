@@ -4,8 +4,11 @@ Batch number t is a function of (seed, t) alone: any process can make it, in any
 """
 
 import multiprocessing
+import multiprocessing.connection
+import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Generator
 from dataclasses import dataclass, fields
@@ -202,7 +205,17 @@ def _context() -> multiprocessing.context.BaseContext:
 def _start_worker(_: int) -> None:
     """Stopping is the training process's decision: it saves first, then ends its loaders.
 
-    Ctrl-C and a scheduler's SIGTERM reach all processes at once; a second SIGTERM is the training process's own.
+    Ctrl-C and a scheduler's SIGTERM reach all processes at once; a second SIGTERM is the training process's own. When
+    that is killed outright, its loaders end by themselves.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Wait for the end of the training process; the loader's own watch sees only the server that forks."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)

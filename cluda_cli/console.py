@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from cluda_cli.errors import CludaError, Interrupted
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-T = TypeVar("T")
 PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal
 
 
@@ -107,12 +106,19 @@ class Progress:
                 progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[note]}"),
                 console=stderr(), transient=True,
             )  # fmt: skip
-            _set_live(self._bar.console)
-            self._bar.start()
+            self._show()
             self._task = self._bar.add_task(self.what, total=self.total, completed=self.done, note="")
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._hide()
+
+    def _show(self) -> None:
+        if self._bar:
+            _set_live(self._bar.console)
+            self._bar.start()
+
+    def _hide(self) -> None:
         if self._bar:
             self._bar.stop()
             _set_live(None)
@@ -130,15 +136,11 @@ class Progress:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Clear the terminal line while another bar is shown."""
-        if self._bar:
-            self._bar.stop()
-            _set_live(None)
+        self._hide()
         try:
             yield
         finally:
-            if self._bar:
-                _set_live(self._bar.console)
-                self._bar.start()
+            self._show()
 
     def seconds_left(self) -> float:
         """Estimate from the mean speed so far."""

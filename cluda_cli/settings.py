@@ -34,13 +34,15 @@ class RareClass(Section):
     temperature: float = Field(0.01, gt=0)
     """Softmax temperature over (1 - class frequency); large values draw all classes equally often."""
     min_pixels: int | None = Field(None, ge=0)
-    """An image is drawn for a class only if it holds more pixels of it, at original size; unset: 1.14 % of the crop."""
-    min_crop_ratio: float = Field(0.5, ge=0)
-    """A crop is redrawn, up to ten times, until it holds more than min_pixels times this of the drawn class."""
+    """An image is drawn for a class only if it holds more pixels of it, at original size; unset: 3000, or 1.14 % of
+    the crop where that is less."""
+    min_crop_share: float = Field(1500 / 512**2, ge=0, lt=1)
+    """A crop is redrawn, up to ten times, until the drawn class covers more of it than this share."""
 
     def image_pixels(self, crop: tuple[int, int]) -> int:
-        """Pixels of a class above which an image is drawn for it: the papers' 3000 for a crop of 512 x 512."""
-        return self.min_pixels if self.min_pixels is not None else round(3000 * crop[0] * crop[1] / 512**2)
+        """Pixels of a class above which an image is drawn for it: the papers' 3000 for crops of 512 x 512 and more."""
+        scaled = round(3000 * min(crop[0] * crop[1] / 512**2, 1))
+        return self.min_pixels if self.min_pixels is not None else scaled
 
 
 class Data(Section):
@@ -75,26 +77,56 @@ class Decoder(Section):
 
     embed_dim: int = Field(256, ge=1)
     """Channels to which every encoder map is brought before fusion."""
+    embed_norm: bool = False
+    """Batch norm and ReLU after each embedding, as mmsegmentation's SegFormer head has them."""
     channels: int = Field(256, ge=1)
     """Channels of the fused feature, which the classifier and the contrast read."""
-    dilations: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 6, 12, 18), min_length=1)
-    """Dilation of each branch of the fusion layer."""
+    dilations: tuple[Annotated[int, Field(ge=1)], ...] = (1, 6, 12, 18)
+    """Dilation of each branch of the fusion layer; none: a single 1x1 convolution fuses."""
     dropout: float = Field(0.1, ge=0, lt=1)
     """Share of fused channels dropped before the classifier while training."""
+
+
+class DeepLabV2(Section):
+    """The DeepLabV2 head: dilated convolutions of the last encoder map, summed (DeepLab, arXiv 1606.00915)."""
+
+    dilations: tuple[Annotated[int, Field(ge=1)], ...] = Field((6, 12), min_length=1)
+    """Dilation of each branch; the paper has 6, 12, 18 and 24, published adaptation results use the first two."""
+
+
+class MultiResolution(Section):
+    """Context and detail: the whole crop at low and a part of it at full resolution (HRDA, arXiv 2204.13132)."""
+
+    context_downscale: int = Field(2, ge=2)
+    """The context is the whole image, this many times smaller."""
+    detail_crop: Size | None = None
+    """Crop seen at full resolution, height x width; unset: half the training crop, in whole cells of the context."""
+    attention_dim: int = Field(256, ge=1)
+    """Channels of the head that predicts, for each class, where detail is to be trusted."""
+    blend_late: bool = False
+    """Upsample context logits and attention first and blend then, as the released CLUDA code; HRDA blends first."""
 
 
 class Model(Section):
     """The network."""
 
     encoder: str = "mit_b5"
-    """mit_b0 ... mit_b5, or any timm model with feature maps at strides 4, 8, 16 and 32."""
+    """mit_b0 ... mit_b5, or a timm model: with feature maps at strides 4, 8, 16 and 32, or a plain ViT."""
     weights: str | Literal[False] = "imagenet"
     """Encoder weights: "imagenet" (published ones, fetched once), a file, "hf-hub:owner/name@revision", or false."""
     drop_path: float = Field(0.1, ge=0, lt=1)
     """Largest stochastic-depth rate of the encoder, where it has any."""
     freeze_batch_norm: bool = False
     """Keep the statistics and the affine parameters of the encoder's batch norms as loaded."""
+    output_stride: Literal[8, 16, 32] = 32
+    """Stride of the last map; below 32, dilation takes the place of stride, in encoders that can do so (ResNets)."""
+    checkpoint_activations: bool = False
+    """Compute the encoder's blocks again in the backward pass rather than store them: less memory, more time."""
     decoder: Decoder = Decoder()
+    deeplab: Optional[DeepLabV2] = None
+    """A DeepLabV2 head in place of the decoder; false keeps the decoder."""
+    multires: Optional[MultiResolution] = None
+    """Context and detail resolution; false sees the crop at one resolution."""
 
 
 class Teacher(Section):
@@ -117,6 +149,25 @@ class Mixing(Section):
     """Chance that the images of a step are blurred."""
     blur_sigma: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.15, 1.15)
     """Range of the standard deviation of the blur, pixels."""
+    uncertain_detail_from: int | None = Field(None, ge=0)
+    """From this step on, a mixed image shows in detail where its context is least certain; unset: anywhere, always."""
+
+
+class Masking(Section):
+    """Masked images of masked consistency (MIC, arXiv 2212.01322)."""
+
+    block: int | None = Field(None, ge=1)
+    """Side of the square blocks, pixels; unset: a sixteenth of the crop's height."""
+    ratio: float = Field(0.7, ge=0, lt=1)
+    """Chance that a block is masked."""
+    augment: bool = True
+    """Jitter and blur target images, as set for mixing, before they are masked."""
+    with_source: bool = False
+    """Mask source images in place of half of the target images."""
+
+    def block_pixels(self, crop: tuple[int, int]) -> int:
+        """Side of the blocks: the papers' 32 for a crop of 512 x 512 and 64 for 1024 x 1024."""
+        return self.block if self.block is not None else max(1, round(crop[0] / 16))
 
 
 class Objective(Section):
@@ -126,6 +177,13 @@ class Objective(Section):
     """Factor of the term in the total loss."""
     start: int = Field(0, ge=0)
     """First step at which the term is active."""
+
+
+class CrossEntropy(Objective):
+    """Cross-entropy, on the whole crop and on its detail."""
+
+    detail_weight: float = Field(0.1, ge=0, le=1)
+    """Share of the detail crop's own cross-entropy in the term; networks of one resolution have no detail."""
 
 
 class FeatureDistance(Objective):
@@ -146,15 +204,19 @@ class PixelContrast(Objective):
     """Divisor of the cosine similarity."""
     size: int = Field(65, ge=2)
     """Side of the grid to which features are resized; a smaller feature map keeps its own size."""
+    weighter_dim: int = Field(256, ge=1)
+    """Channels of the head that learns, for networks with context and detail, how much detail counts in a pair."""
 
 
 class Objectives(Section):
     """The terms of the loss."""
 
-    source: Objective = Objective()
+    source: CrossEntropy = CrossEntropy()
     """Cross-entropy on labelled source images."""
-    mixed: Optional[Objective] = Objective()
+    mixed: Optional[CrossEntropy] = CrossEntropy()
     """Cross-entropy on class-mixed images with pseudo-labels; false switches it off."""
+    masked: Optional[CrossEntropy] = None
+    """Cross-entropy on masked images with pseudo-labels: masked consistency; false switches it off."""
     feature_distance: Optional[FeatureDistance] = FeatureDistance()
     """Distance to the pretrained encoder on source images; false switches it off."""
     pixel_contrast: Optional[PixelContrast] = PixelContrast()
@@ -183,6 +245,8 @@ class Training(Section):
 
     steps: int = Field(40_000, ge=1)
     """Optimizer steps."""
+    micro_batch: int | None = Field(None, ge=1)
+    """Images forwarded at once, gradients accumulating over the batch; unset: the whole batch."""
     seed: int = Field(0, ge=0)
     """Seed of everything random."""
     device: str = "auto"
@@ -221,6 +285,7 @@ class Settings(Section):
     model: Model = Model()
     teacher: Teacher = Teacher()
     mixing: Mixing = Mixing()
+    masking: Masking = Masking()
     objectives: Objectives = Objectives()
     optimizer: Optimizer = Optimizer()
     training: Training = Training()

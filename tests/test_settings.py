@@ -51,7 +51,13 @@ def test_the_default_boxes_give_the_papers_sizes_for_every_dataset(domain, size,
 
 def test_the_rare_class_threshold_follows_the_crop_unless_set():
     assert settings.RareClass().image_pixels((240, 320)) == 879
+    assert settings.RareClass().image_pixels((1024, 1024)) == 3000
     assert settings.RareClass(min_pixels=12).image_pixels((240, 320)) == 12
+
+
+@pytest.mark.parametrize(("crop", "pixels"), [(512, 1500), (1024, 6000)])
+def test_a_crop_must_hold_the_papers_number_of_pixels(crop, pixels):
+    assert settings.RareClass().min_crop_share * crop**2 == pixels
 
 
 def test_settings_are_frozen():

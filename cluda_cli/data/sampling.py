@@ -60,7 +60,7 @@ class RareClasses:
         self.probabilities: NDArray[np.float64] = probabilities / probabilities.sum()
         self.images = [np.flatnonzero(pixels[:, k] > min_pixels) for k in range(len(classes))]
         """Positions in `items` of the images that are drawn for each class."""
-        self.crop_pixels = min_pixels * section.min_crop_ratio if section.min_crop_ratio else -1.0
+        self.crop_pixels = section.min_crop_share * size[0] * size[1] if section.min_crop_share else -1.0
         """A crop holds enough of the drawn class with more pixels than this; below zero, any crop does."""
         scarce = []
         for k in range(len(classes)):

@@ -98,13 +98,13 @@ def measure(
 
 def main(count: int) -> None:
     torch.set_num_threads(1)
-    for ratio in (0.5, 2.0):
-        data = settings.Data(rare_class=settings.RareClass(min_crop_ratio=ratio))
+    for share in (1500 / 512**2, 6000 / 512**2):
+        data = settings.Data(rare_class=settings.RareClass(min_crop_share=share))
         rates = measure(images=12, size=(1052, 1914), data=data, count=count, repeats=5)
         ours, plain = (statistics.median(side) for side in zip(*rates, strict=True))
         ratios = [a / b for a, b in rates]
         print(
-            f"min_crop_ratio {ratio}: stream {ours:.1f} samples/s, plain {plain:.1f} samples/s, "
+            f"min_crop_share {share:.4f}: stream {ours:.1f} samples/s, plain {plain:.1f} samples/s, "
             f"ratio {statistics.median(ratios):.2f} (of {len(ratios)}: {min(ratios):.2f} to {max(ratios):.2f})"
         )
 

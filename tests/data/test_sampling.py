@@ -71,7 +71,8 @@ def test_redraws_match_the_reference(golden, monkeypatch):
             return Crop(len(drawn), 0, 1, 1), torch.tensor([drawn[-1]])
 
         monkeypatch.setattr(sampling, "diverse_crop", crop_with)
-        section = RareClass(min_pixels=case["min_pixels"], min_crop_ratio=case["min_crop_ratio"])
+        share = case["min_pixels"] * case["min_crop_ratio"] / (CROP[0] * CROP[1])
+        section = RareClass(min_pixels=case["min_pixels"], min_crop_share=share)
         rare = RareClasses([Item("a", "a", (1, 1), {0: 9999})], CLASSES, section, CROP)
         crop = rare_crop(np.random.default_rng(0), torch.zeros(1, 1), CROP, 0.75, 0, rare.crop_pixels)
         assert len(drawn) == case["crops_drawn"]

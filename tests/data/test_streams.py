@@ -279,7 +279,7 @@ def test_stream_draws_as_a_loader_that_repeats_its_whole_pipeline(tmp_path):
     """Both samplers of the benchmark, compared by image, flip, and place of the crop."""
     bench = load_bench()
     index = bench.write_dataset(tmp_path, 3, (32, 48), seed=1)
-    steps = Steps(index, index, Data(crop=(16, 16), source_box=None, rare_class=RareClass(min_crop_ratio=4.0)), 0)
+    steps = Steps(index, index, Data(crop=(16, 16), source_box=None, rare_class=RareClass(min_crop_share=12 / 256)), 0)
     # Rows and columns in place of the pictures tell where a crop comes from.
     for i in range(3):
         image = coordinates(32, 48)[0]

@@ -1,9 +1,10 @@
-"""The DAFormer decoder (DAFormer, arXiv 2111.14887, section 3.2).
+"""The DAFormer decoder (DAFormer, arXiv 2111.14887, section 3.2) and the DeepLabV2 head (arXiv 1606.00915).
 
-B batch, C channels and N = H * W cells of an encoder map, E embedded and D fused channels, K classes, h w cells at
-stride 4.
+B batch, C channels and N = H * W cells of an encoder map, E embedded and D fused channels, K classes, h w cells of the
+logits. Both are called with the four maps of an encoder and give the logits and the feature these are read from.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -14,16 +15,24 @@ from cluda_cli import settings
 
 
 class DAFormerDecoder(nn.Module):
-    """Four encoder maps -> class logits and the fused feature they are read from, both at stride 4.
+    """Four encoder maps -> class logits and the fused feature they are read from, both on the grid of the first map.
 
     Each map is embedded per pixel, resized to the finest one and concatenated; dilated depthwise-separable branches
-    fuse the four scales with context. The state dict has the keys of the published DAFormer head.
+    fuse the four scales with context, or, without dilations, one 1x1 convolution does. The state dict has the keys of
+    the published DAFormer head.
     """
 
     def __init__(self, decoder: settings.Decoder, in_channels: Sequence[int], num_classes: int) -> None:
         super().__init__()
-        self.embed_layers = nn.ModuleList(Embedding(channels, decoder.embed_dim) for channels in in_channels)
-        self.fuse_layer = SeparableASPP(decoder.embed_dim * len(in_channels), decoder.channels, decoder.dilations)
+        self.embed_layers = nn.ModuleList(
+            Embedding(channels, decoder.embed_dim, decoder.embed_norm) for channels in in_channels
+        )
+        embedded = decoder.embed_dim * len(in_channels)
+        self.fuse_layer = (
+            SeparableASPP(embedded, decoder.channels, decoder.dilations)
+            if decoder.dilations
+            else ConvUnit(embedded, decoder.channels, kernel=1)
+        )
         self.dropout = nn.Dropout2d(decoder.dropout)
         self.conv_seg = nn.Conv2d(decoder.channels, num_classes, 1)
         nn.init.normal_(self.conv_seg.weight, std=0.01)
@@ -39,16 +48,43 @@ class DAFormerDecoder(nn.Module):
         return self.conv_seg(self.dropout(fused)), fused
 
 
-class Embedding(nn.Module):
-    """The same linear layer at every pixel."""
+class DeepLabV2Decoder(nn.Module):
+    """The last encoder map -> class logits on its grid: the sum of dilated 3x3 convolutions (DeepLab, section 3.2).
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    There is no fused feature, so the last encoder map, which the classifier reads, takes its place. The state dict has
+    the keys of the published heads.
+    """
+
+    def __init__(self, section: settings.DeepLabV2, in_channels: Sequence[int], num_classes: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(inputs, outputs)
+        self.aspp_modules = nn.ModuleList(
+            nn.Sequential(OrderedDict(conv=nn.Conv2d(in_channels[-1], num_classes, 3, padding=d, dilation=d)))
+            for d in section.dilations
+        )
+        for branch in self.aspp_modules:
+            nn.init.normal_(branch.conv.weight, std=0.01)
+            nn.init.zeros_(branch.conv.bias)
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """(logits B K h w, last map B C h w)."""
+        logits = self.aspp_modules[0](maps[-1])
+        for branch in self.aspp_modules[1:]:
+            logits = logits + branch(maps[-1])
+        return logits, maps[-1]
+
+
+class Embedding(nn.Module):
+    """The same linear layer at every pixel; with `norm` it has no bias, and batch norm and ReLU follow."""
+
+    def __init__(self, inputs: int, outputs: int, norm: bool) -> None:
+        super().__init__()
+        self.proj = nn.Linear(inputs, outputs, bias=not norm)
+        self.bn = nn.BatchNorm2d(outputs) if norm else None
 
     def forward(self, features: Tensor) -> Tensor:
         embedded = self.proj(features.flatten(2).transpose(1, 2))  # B N E
-        return embedded.transpose(1, 2).unflatten(2, features.shape[2:])  # B E H W, channels last
+        embedded = embedded.transpose(1, 2).unflatten(2, features.shape[2:])  # B E H W, channels last
+        return embedded if self.bn is None else F.relu(self.bn(embedded), inplace=True)
 
 
 class SeparableASPP(nn.Module):

@@ -1,27 +1,25 @@
-"""Every encoder behind one contract: Mix Transformers, and any timm model with maps at strides 4, 8, 16 and 32.
+"""Every encoder behind one contract: Mix Transformers, timm models with a pyramid of maps, and plain ViTs of timm.
 
-The contract: `channels` of the four maps, `strides`, `pad_multiple` (height and width of an image must be multiples
-of it), and forward(image B 3 H W) -> four maps B C H/stride W/stride.
+The contract: `channels` and `strides` of the four maps, `pad_multiple` (height and width of an image must be multiples
+of it), and forward(image B 3 H W) -> four maps B C ceil(H/stride) ceil(W/stride). The first map is the finest.
 """
 
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import timm
-import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cluda_cli import settings
 from cluda_cli.errors import DataError, SettingsError
 from cluda_cli.files import sha256
 from cluda_cli.models import weights
 from cluda_cli.models.mit import VARIANTS, MixTransformer
+from cluda_cli.models.timm_encoders import WHERE, PlainViT, TimmEncoder, is_plain, no_dilation
 
-STRIDES = (4, 8, 16, 32)
-WHERE = "model.encoder"
-REMEDY = "choose a model with a pyramid of maps, such as mit_b5, convnext_tiny or mobilenetv2_100"
+Encoder = MixTransformer | TimmEncoder | PlainViT
 MIN_MATCHED = 0.99
 """Share of the encoder's tensors that a file must fill: a half-loaded encoder trains, but badly and without a word."""
 HEADS = ("head.", "classifier.", "fc.")  # of classifiers; expected to be left over
@@ -65,46 +63,28 @@ class LoadReport:
         ]
 
 
-class TimmEncoder(nn.Module):
-    """A timm model as an encoder.
-
-    Raises SettingsError where the model has no maps at the four strides, or only for images of one size.
-    """
-
-    strides = STRIDES
-
-    def __init__(self, name: str, drop_path: float) -> None:
-        super().__init__()
-        self.network = _create(name, drop_path_rate=drop_path)
-        info = self.network.feature_info
-        # Where maps share a stride, the last one is the deepest.
-        index_of = dict(zip(info.reduction(), info.out_indices, strict=True))
-        if not set(STRIDES) <= set(index_of):
-            raise SettingsError(
-                f"{name} has maps at strides {sorted(index_of)}; an encoder needs 4, 8, 16 and 32", WHERE, REMEDY
-            )
-        if tuple(info.reduction()) != STRIDES:  # maps that nobody reads would hold untrained weights
-            self.network = _create(name, drop_path_rate=drop_path, out_indices=tuple(index_of[s] for s in STRIDES))
-        self.channels: tuple[int, ...] = tuple(self.network.feature_info.channels())
-        self.pad_multiple, self.channels_first = _try_out(self.network, self.channels, name)
-
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        maps = self.network(image)
-        return tuple(maps if self.channels_first else (features.permute(0, 3, 1, 2) for features in maps))
-
-
-def build_encoder(model: settings.Model) -> MixTransformer | TimmEncoder:
+def build_encoder(model: settings.Model) -> Encoder:
     """The encoder that `model.encoder` names, with random weights drawn from torch's global generator.
 
-    Never touches the network. Raises SettingsError for an unknown or unsuitable name.
+    Never touches the network. Raises SettingsError for an unknown or unsuitable name, an output stride that this
+    encoder cannot have, and blocks that cannot be computed again.
     """
-    if model.encoder in VARIANTS:
-        return MixTransformer(model.encoder, model.drop_path)
-    if not timm.is_model(model.encoder):
+    if model.encoder not in VARIANTS and not timm.is_model(model.encoder):
         close = difflib.get_close_matches(model.encoder, [*VARIANTS, *timm.list_models()], n=3)
         remedy = f"did you mean {' or '.join(close)}?" if close else "name mit_b0 ... mit_b5 or a timm model"
         raise SettingsError(f'there is no encoder "{model.encoder}"', WHERE, remedy)
-    return TimmEncoder(model.encoder, model.drop_path)
+    plain = is_plain(model.encoder)
+    if (plain or model.encoder in VARIANTS) and model.output_stride < 32:
+        raise no_dilation(model.encoder)
+    if model.encoder in VARIANTS:
+        encoder: Encoder = MixTransformer(model.encoder, model.drop_path)
+    elif plain:
+        encoder = PlainViT(model.encoder, model.drop_path)
+    else:
+        encoder = TimmEncoder(model.encoder, model.drop_path, model.output_stride)
+    if model.checkpoint_activations:
+        _checkpoint_activations(encoder, model)
+    return encoder
 
 
 def load_pretrained(encoder: nn.Module, model: settings.Model) -> LoadReport | None:
@@ -117,7 +97,30 @@ def load_pretrained(encoder: nn.Module, model: settings.Model) -> LoadReport | N
         return None
     file = weights.locate(model.weights, model.encoder)
     tensors = weights.to_encoder_names(weights.read(file.path), model.encoder)
+    shapes = {weights.flat(name): tensor.shape for name, tensor in encoder.state_dict().items()}
+    if _fitting(tensors, shapes) < len(shapes):
+        tensors = max(tensors, weights.from_authors(tensors, model.encoder), key=lambda t: _fitting(t, shapes))
     return _load(encoder, tensors, file)
+
+
+def _fitting(tensors: Mapping[str, Tensor], shapes: Mapping[str, Size]) -> int:
+    return sum(shapes.get(weights.flat(name)) == tensor.shape for name, tensor in tensors.items())
+
+
+def _checkpoint_activations(encoder: nn.Module, model: settings.Model) -> None:
+    """Let the innermost modules that can do so compute their blocks again in the backward pass.
+
+    timm marks these by an attribute: stages of pyramids, and otherwise the network, whose stages are then its blocks.
+    """
+    where = "model.checkpoint_activations"
+    if not model.freeze_batch_norm and any(isinstance(module, _BatchNorm) for module in encoder.modules()):
+        what = f"{model.encoder} has batch norms, whose running statistics would count every batch twice"
+        raise SettingsError(what, where, "set model.freeze_batch_norm=true or model.checkpoint_activations=false")
+    able = [module for module in encoder.modules() if hasattr(module, "grad_checkpointing")]
+    if not able:
+        raise SettingsError(f"{model.encoder} cannot compute its blocks again", where, f"set {where}=false")
+    for module in able:
+        module.grad_checkpointing = not any(inner in able for inner in module.modules() if inner is not module)
 
 
 def _load(encoder: nn.Module, tensors: Mapping[str, Tensor], file: weights.WeightsFile) -> LoadReport:
@@ -143,38 +146,3 @@ def _load(encoder: nn.Module, tensors: Mapping[str, Tensor], file: weights.Weigh
         raise DataError(report.problem(), file.origin, "check that model.encoder names the network of this file")
     encoder.load_state_dict(fitting, strict=False)
     return report
-
-
-def _create(name: str, **options: Any) -> nn.Module:
-    """A randomly initialised feature extractor; options that this model does not know are left out."""
-    options = {"strict_img_size": False, **options}  # lets Swin take images of any size
-    while True:
-        try:
-            return timm.create_model(name, pretrained=False, features_only=True, **options)
-        except TypeError as problem:  # raised while arguments are bound, before any random draw
-            unknown = next((option for option in options if f"'{option}'" in str(problem)), None)
-            if unknown not in ("strict_img_size", "drop_path_rate"):
-                raise
-            del options[unknown]
-        except RuntimeError as problem:  # such as an unknown pretrained tag after the dot
-            raise SettingsError(f"{name} cannot be an encoder: {problem}", WHERE, REMEDY) from None
-
-
-@torch.no_grad()
-def _try_out(network: nn.Module, channels: tuple[int, ...], name: str) -> tuple[int, bool]:
-    """The pad multiple, and whether maps come as B C H W rather than B H W C; timm declares neither for all models."""
-    device = next(network.parameters()).device
-    network.eval()  # leave the statistics of batch norms alone
-    for multiple in (STRIDES[-1], network.default_cfg["input_size"][-1]):  # the latter suits fixed windows
-        height, width = 2 * multiple, 3 * multiple  # oblong, so that no layout can pass for the other
-        try:
-            shapes = [tuple(features.shape) for features in network(torch.zeros(1, 3, height, width, device=device))]
-        except Exception:  # a model refuses a size with whatever its first failing operation raises
-            continue
-        cells = [(height // stride, width // stride) for stride in STRIDES]
-        first = [(1, count, *size) for count, size in zip(channels, cells, strict=True)]
-        last = [(1, *size, count) for count, size in zip(channels, cells, strict=True)]
-        if shapes in (first, last):
-            network.train()
-            return multiple, shapes == first
-    raise SettingsError(f"{name} does not give maps at strides 4, 8, 16 and 32 for images of any size", WHERE, REMEDY)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 HEADS = (1, 2, 5, 8)
 REDUCTIONS = (8, 4, 2, 1)
@@ -48,6 +49,8 @@ class MixTransformer(nn.Module):
 
     strides = (4, 8, 16, 32)
     pad_multiple = 1
+    grad_checkpointing = False
+    """Compute blocks again in the backward pass; the name is timm's."""
 
     def __init__(self, variant: str, drop_path: float = 0.1) -> None:
         super().__init__()
@@ -65,11 +68,19 @@ class MixTransformer(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         # Spelt out, because each stage is three attributes with the names of the published weights.
-        one = _stage(image, self.patch_embed1, self.block1, self.norm1)  # B C1 H/4 W/4
-        two = _stage(one, self.patch_embed2, self.block2, self.norm2)  # B C2 H/8 W/8
-        three = _stage(two, self.patch_embed3, self.block3, self.norm3)  # B C3 H/16 W/16
-        four = _stage(three, self.patch_embed4, self.block4, self.norm4)  # B C4 H/32 W/32
+        one = self._stage(image, self.patch_embed1, self.block1, self.norm1)  # B C1 H/4 W/4
+        two = self._stage(one, self.patch_embed2, self.block2, self.norm2)  # B C2 H/8 W/8
+        three = self._stage(two, self.patch_embed3, self.block3, self.norm3)  # B C3 H/16 W/16
+        four = self._stage(three, self.patch_embed4, self.block4, self.norm4)  # B C4 H/32 W/32
         return one, two, three, four
+
+    def _stage(self, features: Tensor, embed: nn.Module, blocks: nn.Module, norm: nn.Module) -> Tensor:
+        """One stage; its normalised map is also what the next stage reads."""
+        tokens, size = embed(features)  # B N C
+        again = self.grad_checkpointing and self.training
+        for block in blocks.children():
+            tokens = checkpoint(block, tokens, size, use_reentrant=False) if again else block(tokens, size)
+        return _map(norm(tokens), size)  # B C H W
 
 
 class PatchEmbed(nn.Module):
@@ -147,14 +158,6 @@ class DepthwiseConv(nn.Module):
 
     def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
         return _tokens(self.dwconv(_map(tokens, size)))  # B N C
-
-
-def _stage(features: Tensor, embed: nn.Module, blocks: nn.Module, norm: nn.Module) -> Tensor:
-    """One stage; its normalised map is also what the next stage reads."""
-    tokens, size = embed(features)  # B N C
-    for block in blocks.children():
-        tokens = block(tokens, size)
-    return _map(norm(tokens), size)  # B C H W
 
 
 def _map(tokens: Tensor, size: tuple[int, int]) -> Tensor:

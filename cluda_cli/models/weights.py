@@ -3,6 +3,8 @@
 Files differ in container, prefix, precision and naming; all of that is settled here, so that networks stay plain.
 """
 
+import contextlib
+import io
 import pickle
 import re
 from collections.abc import Mapping
@@ -15,12 +17,25 @@ import timm
 import torch
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    GatedRepoError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from safetensors.torch import load_file
+from timm.models import (
+    ConvNeXt,
+    Eva,
+    PyramidVisionTransformerV2,
+    SwinTransformer,
+    convnext,
+    eva,
+    is_model_in_modules,
+    pvt_v2,
+    swin_transformer,
+    vision_transformer,
+)
 from torch import Tensor
 
 from cluda_cli.errors import DataError, EnvironmentProblem, SettingsError, first_line
@@ -37,6 +52,9 @@ MIT_HUB = {
     "mit_b4": ("smp-hub/mit_b4.imagenet", "3a3454e900a4b4f11dd60eeb59101a9a1a36b017"),
     "mit_b5": ("smp-hub/mit_b5.imagenet", "ced04d96c586b6297fd59a7a1e244fc78fdb6531"),
 }
+# timm's modules of networks whose authors' files it can read.
+AUTHORS = ("convnext", "deit", "eva", "pvt_v2", "swin_transformer", "vision_transformer")
+OPEN_MMLAB_STEM = re.compile(r"stem\.([013467])\.")  # of its ResNet-C: three convolutions, each with its batch norm
 CONTAINERS = ("state_dict", "model", "model_state")
 PREFIXES = ("module.", "model.", "backbone.", "encoder.", "network.", "body.")
 
@@ -95,10 +113,35 @@ def to_encoder_names(tensors: Mapping[str, Tensor], encoder: str) -> dict[str, T
         named[short] = tensor
     if any(f"patch_embeddings.{i}.proj.weight" in name for name in named for i in range(4)):
         return _from_transformers(named)
+    if {"stem.7.weight", "layer1.0.conv1.weight"} <= named.keys():
+        return {OPEN_MMLAB_STEM.sub(_timm_stem, name): tensor for name, tensor in named.items()}
     if encoder.partition(".")[0] == "mobilenetv2_100" and "features.0.0.weight" in named:
         table = torchvision_mobilenet_names()
         return {_renamed(name, table): tensor for name, tensor in named.items()}
     return named
+
+
+def from_authors(tensors: Mapping[str, Tensor], encoder: str) -> Mapping[str, Tensor]:
+    """Translate the layout of a network's authors to timm's, by timm's own function; the same where it has none.
+
+    This also resizes tables of positions. Call it only for tensors that do not fit as they are.
+    """
+    if not is_model_in_modules(encoder, AUTHORS):
+        return tensors
+    with torch.device("meta"):  # names and shapes are enough
+        network = timm.create_model(encoder)
+    translate = {
+        ConvNeXt: convnext.checkpoint_filter_fn,
+        Eva: eva.checkpoint_filter_fn,
+        PyramidVisionTransformerV2: pvt_v2.checkpoint_filter_fn,
+        SwinTransformer: swin_transformer.checkpoint_filter_fn,
+    }.get(type(network), vision_transformer.checkpoint_filter_fn)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it may print, and ours carries results
+            translated: dict[str, Tensor] = translate(dict(tensors), network)
+    except Exception:  # it trusts that the file is of this network, and breaks in any way otherwise
+        return tensors
+    return translated
 
 
 def torchvision_mobilenet_names() -> dict[str, str]:
@@ -172,6 +215,9 @@ def _fetch(repository: str, revision: str | None, files: tuple[str, ...]) -> Wei
     for file in files:
         try:
             path = Path(huggingface_hub.hf_hub_download(repository, file, revision=revision))
+        except GatedRepoError:
+            remedy = f"accept it at https://huggingface.co/{repository} and log in, or set {WHERE} to a file"
+            raise EnvironmentProblem(f"{repository} asks for its licence to be accepted", WHERE, remedy) from None
         except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as problem:
             message = f"the hub has no {version}: {first_line(problem)}"
             raise SettingsError(message, WHERE, f"check the name and the revision, or set {WHERE} to a file") from None
@@ -185,6 +231,11 @@ def _fetch(repository: str, revision: str | None, files: tuple[str, ...]) -> Wei
             version = f"{repository}@{path.parent.name}"
         return WeightsFile(path, f"{version}/{file}")
     raise SettingsError(f"{version} holds no {' or '.join(files)}", WHERE, f"set {WHERE} to a file")
+
+
+def _timm_stem(match: re.Match[str]) -> str:
+    """timm keeps the last batch norm of the stem outside of it."""
+    return "bn1." if match[1] == "7" else f"conv1.{match[1]}."
 
 
 def _renamed(name: str, modules: Mapping[str, str]) -> str:

@@ -1,12 +1,12 @@
-"""The DAFormer decoder against measured vectors and its specification."""
+"""The decoders against measured vectors and their specification."""
 
 import math
 
 import pytest
 import torch
 
-from cluda_cli.models.decoders import DAFormerDecoder
-from cluda_cli.settings import Decoder
+from cluda_cli.models.decoders import DAFormerDecoder, DeepLabV2Decoder
+from cluda_cli.settings import Decoder, DeepLabV2
 
 B0 = (32, 64, 160, 256)
 
@@ -77,3 +77,56 @@ def test_initial_values():
     for name, std in expected.items():
         assert decoder.get_submodule(name).weight.std().item() == pytest.approx(std, rel=0.05), name
     assert not decoder.conv_seg.bias.any()
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_deeplab_equals_the_reference(dtype, golden, check_bounds):
+    vectors, description = golden("04_heads/dlv2_2rates")
+    maps = [vectors[f"in.feat{i}"].to(dtype).requires_grad_() for i in range(1, 5)]
+    channels = [features.shape[1] for features in maps]
+    decoder = DeepLabV2Decoder(DeepLabV2(dilations=(6, 12)), channels, num_classes=19).to(dtype)
+    decoder.load_state_dict({n.removeprefix("param."): v for n, v in vectors.items() if n.startswith("param.")})
+    found = {"eval.logits": decoder.eval()(maps)[0].detach()}
+    logits, fused = decoder.train()(maps)
+    (logits * vectors["in.cotangent"].to(dtype)).sum().backward()
+    found |= {"train.logits": logits.detach(), "train.grad_feat4": maps[3].grad}
+    found |= {f"train.grad.{name}": parameter.grad for name, parameter in decoder.named_parameters()}
+    check_bounds(found, vectors, description, dtype)
+    assert fused is maps[3] and all(features.grad is None for features in maps[:3])
+
+
+def test_deeplab_initial_values():
+    torch.manual_seed(0)
+    decoder = DeepLabV2Decoder(DeepLabV2(dilations=(6, 12, 18, 24)), B0, num_classes=19)
+    for branch, dilation in zip(decoder.aspp_modules, (6, 12, 18, 24), strict=True):
+        assert branch.conv.dilation == branch.conv.padding == (dilation, dilation)
+        assert branch.conv.weight.std().item() == pytest.approx(0.01, rel=0.02)
+        assert not branch.conv.bias.any()
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize(("dilations", "total"), [((6, 12, 18, 24), 43_920_300), ((6, 12), 43_219_846)])
+def test_number_of_parameters_of_deeplab_on_resnet101(dilations, total):
+    with torch.device("meta"):
+        decoder = DeepLabV2Decoder(DeepLabV2(dilations=dilations), (256, 512, 1024, 2048), num_classes=19)
+    resnet = 42_519_392  # without its classifier; see the tests of encoders
+    assert sum(p.numel() for p in decoder.parameters()) + resnet == total
+
+
+def test_light_decoder_fuses_with_one_convolution():
+    decoder = DAFormerDecoder(Decoder(embed_dim=8, channels=8, dilations=()), B0, num_classes=5)
+    keys = [name for name in decoder.state_dict() if name.startswith("fuse_layer") and name.endswith("weight")]
+    assert keys == ["fuse_layer.conv.weight", "fuse_layer.bn.weight"]
+    assert tuple(decoder.fuse_layer.conv.weight.shape) == (8, 32, 1, 1)
+    maps = [torch.randn(2, channels, 16 >> i, 24 >> i) for i, channels in enumerate(B0)]
+    logits, fused = decoder(maps)
+    assert logits.shape == (2, 5, 16, 24) and fused.shape == (2, 8, 16, 24)
+
+
+@pytest.mark.reference
+def test_light_decoder_has_the_parameters_of_the_scale_attention():
+    light = Decoder(embed_dim=256, channels=256, dilations=())
+    with torch.device("meta"):
+        decoder = DAFormerDecoder(light, (64, 128, 320, 512), num_classes=19)
+    assert sum(p.numel() for p in decoder.parameters()) == 530_707

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from cluda_cli.errors import DataError, EnvironmentProblem, SettingsError
 from cluda_cli.files import sha256
 from cluda_cli.models.encoders import build_encoder, load_pretrained
 from cluda_cli.models.segmenter import Segmenter
-from cluda_cli.models.weights import MIT_HUB
+from cluda_cli.models.weights import MIT_HUB, from_authors, locate, to_encoder_names
 from cluda_cli.settings import Decoder, Model
 
 State = dict[str, Tensor]
@@ -139,7 +140,10 @@ def test_torchvision_mobilenet(counters, tmp_path):
             torch.testing.assert_close(features, other.features[: last + 1](image), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["convnext_atto", "resnet18", "mobilenetv2_100", "twins_pcpvt_small"])
+@pytest.mark.parametrize(
+    "name",
+    ["test_convnext", "test_resnet", "mobilenetv2_050", "twins_pcpvt_small", "pvt_v2_b0", "test_vit", "test_vit3"],
+)
 def test_classifiers_of_timm(name, tmp_path):
     """Feature extractors flatten the names of the classifier from which published files were saved."""
     classifier = timm.create_model(name, pretrained=False).eval()
@@ -149,20 +153,156 @@ def test_classifiers_of_timm(name, tmp_path):
     encoder = build_encoder(model)
     report = load_pretrained(encoder, model)
     assert report.matched == report.total
-    image = torch.randn(1, 3, 64, 64)
+    plain = name.startswith("test_vit")
+    image = torch.randn(1, 3, 160, 160) if plain else torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        expected = classifier.forward_intermediates(image, intermediates_only=True)[-1]
+        expected = classifier.forward_intermediates(image, norm=plain, intermediates_only=True)[-1]
         torch.testing.assert_close(encoder.eval()(image)[-1], expected)
 
 
-def test_own_checkpoint(tmp_path):
-    model = Model(encoder="resnet18", decoder=Decoder(embed_dim=8, channels=8))
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
+def test_own_checkpoint(name, tmp_path):
+    model = Model(encoder=name, decoder=Decoder(embed_dim=8, channels=8))
     trained = Segmenter(model, 5)
     path = tmp_path / "best.safetensors"
     save_file(trained.state_dict(), path)
-    model = Model(encoder="resnet18", weights=str(path))
+    model = Model(encoder=name, weights=str(path))
     report = load_pretrained(build_encoder(model), model)
     assert report.matched == report.total and all(name.startswith("decoder.") for name in report.unexpected)
+
+
+def _resnet_c_names() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of open-mmlab's ResNet-101-v1c, after its published description."""
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+    def with_norm(conv: str, bn: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        return {f"{conv}.weight": shape} | {f"{bn}.{leaf}": (shape[0],) if leaf[0] != "n" else () for leaf in norm}
+
+    named = with_norm("stem.0", "stem.1", (32, 3, 3, 3)) | with_norm("stem.3", "stem.4", (32, 32, 3, 3))
+    named |= with_norm("stem.6", "stem.7", (64, 32, 3, 3))
+    inputs = 64
+    for stage, (blocks, width) in enumerate(((3, 64), (4, 128), (23, 256), (3, 512)), start=1):
+        for block in range(blocks):
+            at = f"layer{stage}.{block}"
+            named |= with_norm(f"{at}.conv1", f"{at}.bn1", (width, inputs, 1, 1))
+            named |= with_norm(f"{at}.conv2", f"{at}.bn2", (width, width, 3, 3))
+            named |= with_norm(f"{at}.conv3", f"{at}.bn3", (4 * width, width, 1, 1))
+            if block == 0:
+                named |= with_norm(f"{at}.downsample.0", f"{at}.downsample.1", (4 * width, inputs, 1, 1))
+            inputs = 4 * width
+    return named | {"fc.weight": (1000, 2048), "fc.bias": (1000,)}
+
+
+@pytest.mark.reference
+def test_open_mmlab_resnet101_fills_the_dilated_encoder():
+    with torch.device("meta"):
+        encoder = build_encoder(Model(encoder="resnet101c", output_stride=8))
+        published = {name: torch.empty(shape) for name, shape in _resnet_c_names().items()}
+    renamed = to_encoder_names({"backbone." + name: tensor for name, tensor in published.items()}, "resnet101c")
+    found = {name: tuple(tensor.shape) for name, tensor in renamed.items() if not name.startswith("fc.")}
+    assert found == {n.removeprefix("network."): tuple(t.shape) for n, t in encoder.state_dict().items()}
+
+
+def _swin_of_its_authors(state: State) -> State:
+    """Downsampling closes a stage there and opens the next one here; masks and indices are in the file."""
+    renamed = {
+        re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", name): value
+        for name, value in state.items()
+        if not name.startswith("head.")
+    }
+    renamed["layers.0.blocks.1.attn_mask"] = torch.zeros(64, 49, 49)
+    renamed["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49)
+    return renamed
+
+
+def _dinov2_of_its_authors(state: State) -> State:
+    position = torch.randn(1, 1, state["cls_token"].shape[2])
+    return {
+        **{name: value for name, value in state.items() if name not in ("reg_token", "cls_token", "pos_embed")},
+        "register_tokens": state["reg_token"],
+        "mask_token": torch.zeros(1, 1),
+        "cls_token": state["cls_token"] - position,
+        "pos_embed": torch.cat([position, state["pos_embed"]], dim=1),
+    }
+
+
+def _dinov3_of_its_authors(state: State) -> State:
+    renamed = {
+        name.replace("reg_token", "storage_tokens").replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma"): v
+        for name, v in state.items()
+    }
+    channels = state["cls_token"].shape[2]
+    return renamed | {
+        "mask_token": torch.zeros(1, channels),
+        "rope_embed.periods": torch.zeros(16),
+        "blocks.0.attn.qkv.bias": torch.zeros(3 * channels),
+        "blocks.0.attn.qkv.bias_mask": torch.zeros(3 * channels),
+    }
+
+
+def _pvt_of_its_authors(state: State) -> State:
+    def rename(name: str) -> str:
+        name = re.sub(r"^stages\.(\d)\.blocks", lambda m: f"block{int(m[1]) + 1}", name)
+        name = re.sub(r"^stages\.(\d)\.norm", lambda m: f"norm{int(m[1]) + 1}", name)
+        name = re.sub(r"^stages\.(\d)\.downsample", lambda m: f"patch_embed{int(m[1]) + 1}", name)
+        return name.replace("patch_embed.", "patch_embed1.").replace("dwconv", "dwconv.dwconv")
+
+    return {rename(name): value for name, value in state.items()}
+
+
+def _convnext_of_its_authors(state: State) -> State:
+    def rename(name: str) -> str:
+        name = re.sub(r"^stages\.(\d)\.blocks", r"stages.\1", name)
+        name = re.sub(r"^stages\.(\d)\.downsample", r"downsample_layers.\1", name)
+        name = name.replace("stem.", "downsample_layers.0.").replace("head.norm", "norm").replace("head.fc", "head")
+        return name.replace("conv_dw", "dwconv").replace("mlp.fc", "pwconv")
+
+    return {rename(name): value for name, value in state.items()}
+
+
+AUTHORS: dict[str, Callable[[State], State]] = {
+    "swin_tiny_patch4_window7_224": _swin_of_its_authors,
+    "vit_small_patch14_reg4_dinov2": _dinov2_of_its_authors,
+    "vit_small_patch16_dinov3": _dinov3_of_its_authors,
+    "pvt_v2_b0": _pvt_of_its_authors,
+    "convnext_atto": _convnext_of_its_authors,
+}
+
+
+@pytest.mark.parametrize("name", AUTHORS)
+def test_layouts_of_authors(name, capsys):
+    classifier = timm.create_model(name).state_dict()
+    theirs = AUTHORS[name](classifier)
+    assert theirs.keys() != classifier.keys()
+    found = from_authors(theirs, name)
+    assert {name for name in classifier.keys() - found.keys() if not name.startswith("head.")} == set()
+    for key, value in found.items():
+        assert torch.allclose(value, classifier[key], atol=1e-6), key
+    assert not capsys.readouterr().out
+
+
+def test_file_of_authors(tmp_path):
+    classifier = timm.create_model("pvt_v2_b0")
+    path = tmp_path / "pvt.pth"
+    torch.save({"state_dict": _pvt_of_its_authors(classifier.state_dict())}, path)
+    model = Model(encoder="pvt_v2_b0", weights=str(path))
+    encoder = build_encoder(model)
+    report = load_pretrained(encoder, model)
+    assert report.matched == report.total and not report.unexpected
+    own = {name.replace("_", "."): value for name, value in encoder.state_dict().items()}
+    for name, value in classifier.state_dict().items():
+        assert name.startswith("head.") or torch.equal(own["network." + name.replace("_", ".")], value)
+
+
+def test_positions_of_another_size_are_resized(tmp_path):
+    other = timm.create_model("test_vit", img_size=96)
+    path = tmp_path / "vit.safetensors"
+    save_file(other.state_dict(), path)
+    model = Model(encoder="test_vit", weights=str(path))
+    encoder = build_encoder(model).eval()
+    report = load_pretrained(encoder, model)
+    assert report.matched == report.total and not report.mismatched
+    assert not torch.equal(encoder.network.pos_embed, build_encoder(model).network.pos_embed)
 
 
 def test_one_tensor_in_a_hundred_may_be_missing(tmp_path):
@@ -324,6 +464,37 @@ def test_repository_without_safetensors(monkeypatch, tmp_path):
     model = Model(encoder="mit_b0", weights="hf-hub:nvidia/mit-b0")
     report = load_pretrained(build_encoder(model), model)
     assert report.origin == "nvidia/mit-b0@c0ffee/pytorch_model.bin" and report.matched == 176
+
+
+@pytest.mark.parametrize(
+    ("encoder", "repository"),
+    [
+        ("resnet101c", "timm/resnet101c.gluon_in1k"),
+        ("swin_large_patch4_window12_384", "timm/swin_large_patch4_window12_384.ms_in22k_ft_in1k"),
+        ("vit_base_patch14_dinov2", "timm/vit_base_patch14_dinov2.lvd142m"),
+        ("vit_base_patch14_reg4_dinov2", "timm/vit_base_patch14_reg4_dinov2.lvd142m"),
+        ("vit_base_patch16_dinov3", "timm/vit_base_patch16_dinov3.lvd1689m"),
+        ("convnext_tiny.dinov3_lvd1689m", "timm/convnext_tiny.dinov3_lvd1689m"),
+    ],
+)
+def test_published_weights_are_those_that_timm_names(encoder, repository, monkeypatch):
+    hub = _Hub(_raising(ConnectionError("refused")))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub)
+    with pytest.raises(EnvironmentProblem):
+        locate("imagenet", encoder)
+    assert [asked[0] for asked in hub.asked] == [repository]
+
+
+class _GatedError(GatedRepoError):
+    def __init__(self) -> None:
+        Exception.__init__(self, "403 Client Error")  # its own wants a server's response
+
+
+def test_gated_weights(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", _Hub(_raising(_GatedError())))
+    with pytest.raises(EnvironmentProblem) as caught:
+        locate("imagenet", "vit_base_patch16_dinov3")
+    assert "licence" in caught.value.what and "https://huggingface.co/timm/vit_base_patch16_dinov3" in str(caught.value)
 
 
 @pytest.mark.parametrize("problem", [EntryNotFoundError("404"), HFValidationError("bad name")])

@@ -24,6 +24,7 @@ from cluda_cli.engine.run import Run
 from cluda_cli.engine.step import training_step
 from cluda_cli.errors import CludaError, Interrupted
 from cluda_cli.evaluate import announce_classes, score
+from cluda_cli.models.multires import MultiResolution
 from cluda_cli.settings import Settings
 
 
@@ -146,6 +147,11 @@ def _announce(run: Run, folder: Path, source: Index, target: Index) -> None:
         f"{source.name} -> {target.name}, {settings.model.encoder}, {parameters:.1f} M parameters, on {run.device}"
     )
     console.info(run.weights.summary() if run.weights else "encoder starts from random weights")
+    if isinstance(run.student, MultiResolution):
+        high, wide = run.student.detail_crop
+        console.info(f"context at 1/{run.student.downscale} of the resolution, detail crops of {high} x {wide}")
+    elif settings.mixing.uncertain_detail_from is not None:
+        console.warn("mixing.uncertain_detail_from has no effect without model.multires")
     console.info(f"objectives: {', '.join(run.objectives)}; run folder {folder}")
     if run.step:
         console.info(f"resuming after step {run.step} of {training.steps}")

@@ -1,6 +1,7 @@
 """The rooms of the package import downward only, and help is answered without torch."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "cluda_cli"
 ROOMS = {
     "errors": 0, "files": 0, "seeds": 0, "settings": 0, "console": 0, "presets": 1,
     "data": 2, "models": 3, "adaptation": 4, "objectives": 4, "engine": 5,
-    "prepare": 6, "evaluate": 6, "predict": 6, "pseudo_label": 6, "train": 7, "cli": 8, "__main__": 9, "__init__": 0,
+    "prepare": 6, "evaluate": 6, "predict": 6, "pseudo_label": 6, "import_weights": 6, "train": 7, "cli": 8,
+    "__main__": 9, "__init__": 0,
 }  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -37,6 +39,26 @@ def test_imports_point_downward(path):
 def test_help_needs_no_torch(module):
     code = f"import sys, cluda_cli.{module}; assert not {{'torch', 'timm', 'numpy'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+ENGINE = [path for path in MODULES if room(path) == "engine"]
+
+
+@pytest.mark.parametrize("path", ENGINE, ids=lambda path: path.name)
+def test_the_engine_does_not_know_how_many_resolutions_a_network_has(path):
+    """It may have the network of the settings built; from then on views carry boxes and outputs carry detail."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    words = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            built = node.module == "cluda_cli.models.multires" and [a.name for a in node.names] == ["build_segmenter"]
+            words |= set() if built else {node.module or "", *(alias.name for alias in node.names)}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+            words.add(node.value)  # such as getattr(x, "...")
+        else:
+            words |= {getattr(node, field, None) for field in ("id", "attr", "name", "arg")}
+    pattern = re.compile("multi_?res|hrda|scale_attention|detail_crop", re.IGNORECASE)
+    assert not {word for word in words if isinstance(word, str) and pattern.search(word)}
 
 
 def test_functions_stay_short():

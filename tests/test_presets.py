@@ -9,7 +9,11 @@ from cluda_cli import presets
 from cluda_cli.errors import SettingsError
 from cluda_cli.settings import Settings
 
-METHODS = ["source-only", "dacs", "daformer", "daformer-cluda"]
+METHODS = [
+    "source-only", "dacs", "daformer", "daformer-cluda", "daformer-mic", "hrda", "hrda-cluda", "mic", "mic-cluda",
+    "dlv2", "dlv2-cluda", "swin-cluda", "dinov2-cluda",
+]  # fmt: skip
+OVERLAYS = ["small", "demo", "synthia", "acdc", "dark-zurich"]
 
 
 @pytest.mark.parametrize("name", presets.names())
@@ -29,16 +33,56 @@ def test_every_preset_says_what_it_is(name):
     assert "Expected:" in text
 
 
-@pytest.mark.parametrize("overlay", ["small", "demo"])
+def test_every_preset_is_a_method_or_an_overlay():
+    assert sorted(METHODS + OVERLAYS) == presets.names()
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
 @pytest.mark.parametrize("method", METHODS)
 def test_an_overlay_switches_nothing_on(method, overlay):
     """Or it would make a baseline into something else; it may switch off what its size or data cannot use."""
     plain, laid_over = presets.load([method]), presets.load([method, overlay])
-    for name in ("mixed", "feature_distance", "pixel_contrast"):
-        assert getattr(plain.objectives, name) or not getattr(laid_over.objectives, name)
-    assert plain.data.rare_class or not laid_over.data.rare_class
-    assert bool(plain.objectives.mixed) == bool(laid_over.objectives.mixed)
-    assert bool(plain.objectives.pixel_contrast) == bool(laid_over.objectives.pixel_contrast)
+    parts = {
+        "rare class": (plain.data.rare_class, laid_over.data.rare_class),
+        "feature distance": (plain.objectives.feature_distance, laid_over.objectives.feature_distance),
+    }
+    for part, (without, with_overlay) in parts.items():
+        assert without or not with_overlay, part
+    for name in ("mixed", "masked", "pixel_contrast"):
+        assert bool(getattr(plain.objectives, name)) == bool(getattr(laid_over.objectives, name)), name
+    for name in ("multires", "deeplab"):
+        assert bool(getattr(plain.model, name)) == bool(getattr(laid_over.model, name)), name
+
+
+@pytest.mark.parametrize(
+    ("name", "on"),
+    [
+        ("daformer-mic", "feature_distance masked mixed"),
+        ("hrda", "feature_distance mixed multires"),
+        ("hrda-cluda", "feature_distance mixed multires pixel_contrast"),
+        ("mic", "feature_distance masked mixed multires"),
+        ("mic-cluda", "feature_distance masked mixed multires pixel_contrast"),
+        ("dlv2", "deeplab feature_distance mixed"),
+        ("dlv2-cluda", "feature_distance mixed pixel_contrast"),
+        ("swin-cluda", "feature_distance mixed pixel_contrast"),
+        ("dinov2-cluda", "masked mixed pixel_contrast"),
+    ],
+)
+def test_a_method_is_what_its_name_says(name, on):
+    resolved = presets.load([name])
+    parts = {key: value for key, value in resolved.objectives if key != "source"}
+    parts |= {"deeplab": resolved.model.deeplab, "multires": resolved.model.multires}
+    assert " ".join(sorted(key for key, value in parts.items() if value)) == on
+
+
+@pytest.mark.parametrize("method", ["hrda", "mic-cluda"])
+def test_other_domains_change_the_data_alone(method):
+    plain = presets.load([method])
+    for overlay in ("synthia", "acdc", "dark-zurich"):
+        other = presets.load([method, overlay])
+        assert (other.data.source, other.data.target) != (plain.data.source, plain.data.target)
+        same = ("model", "teacher", "mixing", "objectives", "optimizer", "training", "evaluation")
+        assert all(getattr(other, section) == getattr(plain, section) for section in same)
 
 
 def test_daformer_cluda_is_the_defaults():
@@ -90,7 +134,7 @@ def test_a_broken_preset_file_is_named(tmp_path):
         presets.load([str(broken)])
 
 
-@pytest.mark.parametrize("names", [[], ["source-only", "small"], ["dacs"]])
+@pytest.mark.parametrize("names", [[], ["source-only", "small"], ["dacs"], ["mic-cluda", "acdc"], ["hrda"], ["dlv2"]])
 def test_the_shown_settings_are_a_preset(names, tmp_path):
     shown = tmp_path / "shown.toml"
     shown.write_text(presets.to_toml(presets.load(names)))

@@ -88,21 +88,43 @@ def test_a_run_leaves_what_it_promises(tiny_settings, tmp_path):
         assert picture.size == (width, 2 * (32 + 4))
 
 
-@pytest.mark.parametrize("stop", [1, 3, 4])
+# Batch norms of the encoder are frozen where a micro-batch is one image whose last map is one cell.
+TWO_RESOLUTIONS = {
+    "model": {"multires": {"attention_dim": 8}},
+    "mixing": {"uncertain_detail_from": 2},
+    "masking": {"block": 16},
+    "objectives": {"masked": {}, "pixel_contrast": {"size": 7, "weighter_dim": 8}},
+}
+MICRO_BATCHES = {"model": {"freeze_batch_norm": True}, "data": {"batch_size": 3}, "training": {"micro_batch": 2}}
+
+
+@pytest.mark.parametrize(
+    ("stop", "changes"),
+    [
+        pytest.param(1, {}, id="1"),
+        pytest.param(3, {}, id="3"),
+        pytest.param(4, {}, id="4"),
+        pytest.param(3, TWO_RESOLUTIONS, id="two resolutions"),
+        pytest.param(3, presets.merge(TWO_RESOLUTIONS, MICRO_BATCHES), id="two resolutions in micro-batches"),
+    ],
+)
 def test_a_stopped_and_resumed_run_equals_one_that_never_stopped(
-    tiny_settings, tmp_path, stop_after, monkeypatch, stop
+    tiny_settings, tmp_path, stop_after, monkeypatch, stop, changes
 ):
-    train(tiny_settings, tmp_path / "whole")
+    settings = presets.validate(presets.merge(tiny_settings.model_dump(mode="json"), changes))
+    train(settings, tmp_path / "whole")
     with monkeypatch.context():
         stop_after(stop)
         with pytest.raises(Interrupted, match=f"stopped after step {stop}, state saved"):
-            train(tiny_settings, tmp_path / "parts")
+            train(settings, tmp_path / "parts")
         monkeypatch.undo()
     assert load_state(tmp_path / "parts" / "resume" / "state.pt")["step"] == stop
     torch.manual_seed(999)
-    train(tiny_settings, tmp_path / "parts", resume=True)
+    train(settings, tmp_path / "parts", resume=True)
     states = [load_state(tmp_path / name / "resume" / "state.pt") for name in ("whole", "parts")]
     assert_same(*states)
+    head = any(name.startswith("pixel_contrast.weighter") for name in states[0]["objectives"])
+    assert head == bool(settings.model.multires)
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
     for name in ("best.safetensors", "last.safetensors"):
         assert_same(load_file(tmp_path / "whole" / name), load_file(tmp_path / "parts" / name))

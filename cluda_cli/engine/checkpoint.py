@@ -18,6 +18,7 @@ from cluda_cli import __version__, presets
 from cluda_cli.data.labels import ClassTable
 from cluda_cli.errors import CludaError, DataError, EnvironmentProblem, first_line
 from cluda_cli.files import atomic
+from cluda_cli.models.multires import build_segmenter
 from cluda_cli.models.segmenter import Segmenter
 from cluda_cli.settings import Settings
 
@@ -84,7 +85,7 @@ def load_weights(path: Path, device: torch.device) -> Deployed:
             raise DataError(f"weights format {description['format']}, expected {FORMAT}", path, "use a newer cluda")
         settings = presets.validate(description["settings"])
         classes = ClassTable.from_json(description["classes"])
-        network = Segmenter(settings.model, len(classes))
+        network = build_segmenter(settings.model, settings.data.crop, len(classes))
         network.load_state_dict(tensors)
         seen, network_name, step = tuple(description["seen"]), description["network"], description["step"]
     except (ValueError, KeyError, TypeError, RuntimeError, CludaError) as error:

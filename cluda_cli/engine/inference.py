@@ -21,12 +21,11 @@ from torch import Tensor
 from cluda_cli import settings
 from cluda_cli.data.transforms import fit_box, normalise, resize_image
 from cluda_cli.files import atomic
+from cluda_cli.models.boxes import Size, window_corners
 from cluda_cli.models.segmenter import Segmenter
 
 T = TypeVar("T")
 R = TypeVar("R")
-Size = tuple[int, int]
-SMALLEST = 32  # pixels; one cell of the coarsest map, less than which encoders cannot reduce
 
 # These bound memory; results do not depend on them.
 WINDOWS_AT_ONCE = 4  # windows in one forward
@@ -64,12 +63,6 @@ def predict_labels(
         labels.append(label.to(torch.uint8))
         confidences.append((best - logits.logsumexp(0)).exp())
     return torch.cat(labels), torch.cat(confidences)
-
-
-def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Where sliding windows begin along one axis: every `stride` pixels, the last one moved back to fit."""
-    count = max(length - window + stride - 1, 0) // stride + 1
-    return [max(min(i * stride, length - window), 0) for i in range(count)]
 
 
 @dataclass(frozen=True)
@@ -123,11 +116,7 @@ def _sliding_logits(network: Segmenter, image: Tensor, evaluation: settings.Eval
     """
     size = (image.shape[1], image.shape[2])
     high, wide = (min(window, length) for window, length in zip(evaluation.window, size, strict=True))
-    corners = [
-        (top, left)
-        for top in window_starts(size[0], high, evaluation.stride[0])
-        for left in window_starts(size[1], wide, evaluation.stride[1])
-    ]
+    corners = window_corners(size, (high, wide), evaluation.stride)
     coverage = image.new_zeros(size)
     total: Tensor | None = None
     for start in range(0, len(corners), WINDOWS_AT_ONCE):
@@ -149,7 +138,7 @@ def _forward(network: Segmenter, image: Tensor) -> tuple[Tensor, Size]:
     Images are padded with zeros, the mean colour, to what the network can take.
     """
     multiple = network.pad_multiple
-    bottom, right = (-(-max(length, SMALLEST) // multiple) * multiple - length for length in image.shape[-2:])
+    bottom, right = (-(-max(length, network.smallest) // multiple) * multiple - length for length in image.shape[-2:])
     padded = F.pad(image, (0, right, 0, bottom))
     return network(padded).logits.float(), (padded.shape[2], padded.shape[3])
 

@@ -5,18 +5,28 @@ from torch import nn
 
 from cluda_cli import settings
 
+# Parameters of timm's transformers that are no weights of a layer, by the last part of their names.
+UNDECAYED = {
+    "pos_embed", "cls_token", "dist_token", "reg_token", "relative_position_bias_table", "logit_scale",
+    "gamma", "gamma_1", "gamma_2",
+}  # fmt: skip
+
 
 def build_optimizer(student: nn.Module, objectives: nn.Module, optimizer: settings.Optimizer) -> torch.optim.AdamW:
     """AdamW over what is trainable, in three groups; each keeps its base learning rate as `base_lr`.
 
-    decoder (with its norms and biases) and heads of objectives: lr x decoder_lr_factor, decayed weights;
-    encoder parameters with "norm" in their name: lr, weights not decayed; the rest of the encoder: lr, decayed.
+    decoder (with its norms and biases), other heads and those of objectives: lr x decoder_lr_factor, decayed weights;
+    encoder parameters with "norm" in their name, other layer norms, positions, tokens and scales of transformers: lr,
+    not decayed; the rest of the encoder, batch norms of ResNets included: lr, decayed.
     """
     encoder, norm, decoder = [], [], []
+    layers = [module for module in student.modules() if isinstance(module, nn.LayerNorm)]
+    layer_norms = {id(parameter) for layer in layers for parameter in layer.parameters()}
     for name, parameter in student.named_parameters():
         if not parameter.requires_grad:
             continue
-        group = decoder if name.startswith("decoder.") else norm if "norm" in name else encoder
+        undecayed = "norm" in name or id(parameter) in layer_norms or name.rpartition(".")[2] in UNDECAYED
+        group = decoder if not name.startswith("encoder.") else norm if undecayed else encoder
         group.append(parameter)
     decoder += [parameter for parameter in objectives.parameters() if parameter.requires_grad]
     fast = optimizer.lr * optimizer.decoder_lr_factor

@@ -15,26 +15,30 @@ from cluda_cli.engine.run import Run
 from cluda_cli.files import atomic
 
 GAP = 4  # pixels between tiles
+FRAME = 2  # pixels, width of the frame around a detail crop
 
 
 def write_pictures(path: Path, run: Run, batch: Batch, views: Sequence[View]) -> None:
-    """One PNG, a row per image of the batch: source, its label, target, pseudo-label, mixed, its label, prediction.
+    """One PNG, a row per image: source, its label, target, pseudo-label, mixed, its label, masked, prediction.
 
-    The prediction is the student's on the target. Columns of views that the step did not make are left out. Nothing
-    of the run changes.
+    The prediction is the student's on the target. White frames show where a student of two resolutions looked closely,
+    unless it chose the place itself. Columns of views that the step did not make are left out. Nothing of the run
+    changes.
     """
     colors = torch.tensor(run.classes.palette(), dtype=torch.uint8).view(256, 3)
     rows = []
     by_name = {view.name: view for view in views}
-    mixed = by_name.get("mixed")
+    source, mixed, masked = (by_name.get(name) for name in ("source", "mixed", "masked"))
     prediction = _predict(run, batch)
     for i in range(len(batch.source_image)):
-        tiles = [batch.source_image[i], _paint(batch.source_label[i], colors), batch.target_image[i]]
+        shown = batch.source_image[i] if source is None else _shown(source, i)
+        tiles = [shown, _paint(batch.source_label[i], colors), batch.target_image[i]]
         if mixed is not None:
             if mixed.pseudo_label is not None:
                 tiles.append(_paint(mixed.pseudo_label[i], colors))
-            image = (denormalise(mixed.image[i]).clamp(0, 1) * 255).round().to(torch.uint8)
-            tiles += [image, _paint(mixed.label[i], colors)]
+            tiles += [_shown(mixed, i), _paint(mixed.label[i], colors)]
+        if masked is not None:
+            tiles.append(_shown(masked, i))
         tiles.append(_paint(prediction[i], colors))
         rows.append(torch.cat([F.pad(tile.cpu(), (0, GAP), value=255) for tile in tiles], dim=2))  # 3 H (n W)
     sheet = torch.cat([F.pad(row, (0, 0, 0, GAP), value=255) for row in rows], dim=1)
@@ -50,6 +54,19 @@ def _predict(run: Run, batch: Batch) -> Tensor:
     logits = run.student(normalise(batch.target_image)).logits
     run.student.train(training)
     return F.interpolate(logits, batch.target_image.shape[-2:], mode="bilinear", align_corners=False).argmax(1)
+
+
+def _shown(view: View, i: int) -> Tensor:
+    """One image of a view in 0..255, its detail crop framed.  # uint8 3 H W"""
+    image = (denormalise(view.image[i]).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    if view.boxes is not None:
+        top, left = view.boxes.corner[i].tolist()
+        inner = torch.zeros(image.shape[1:], dtype=torch.bool)
+        outer = view.boxes.part(slice(i, i + 1)).to(inner.device).inside((image.shape[1], image.shape[2]))[0]
+        high, wide = view.boxes.size
+        inner[top + FRAME : top + high - FRAME, left + FRAME : left + wide - FRAME] = True
+        image[:, outer & ~inner] = 255
+    return image
 
 
 def _paint(label: Tensor, colors: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ from cluda_cli.adaptation.teacher import Teacher
 from cluda_cli.data.index import Index, seen_classes
 from cluda_cli.engine.optim import build_optimizer
 from cluda_cli.errors import SettingsError
+from cluda_cli.models.boxes import Boxes
 from cluda_cli.models.encoders import LoadReport, load_pretrained
+from cluda_cli.models.multires import build_segmenter
 from cluda_cli.models.segmenter import Output, Segmenter
 from cluda_cli.objectives import build_objectives
 from cluda_cli.seeds import derive_seed
@@ -28,14 +30,16 @@ class Run:
         self.classes, self.seen = source.classes, seen_classes(source)
         with torch.random.fork_rng(devices=[]):  # layers initialise themselves from the global generator
             torch.manual_seed(derive_seed(settings.training.seed, "initialise"))
-            self.student = Segmenter(settings.model, len(source.classes))
+            self.student = build_segmenter(settings.model, settings.data.crop, len(source.classes))
             self.weights: LoadReport | None = load_pretrained(self.student.encoder, settings.model)
-            self.objectives = build_objectives(settings.objectives, self.student.encoder, source.classes)
+            self.objectives = build_objectives(settings.objectives, self.student, source.classes)
         self.student.to(device)
         self._try_crop()
         self.objectives.to(device)
         compiled = settings.training.compile and device.type == "cuda"
-        self.forward: Callable[[torch.Tensor], Output] = torch.compile(self.student) if compiled else self.student
+        self.forward: Callable[[torch.Tensor, Boxes | None], Output] = (
+            torch.compile(self.student) if compiled else self.student
+        )
         self.teacher = Teacher(self.student, settings.teacher)
         self.optimizer = build_optimizer(self.student, self.objectives, settings.optimizer)
         self.step = 0

@@ -1,6 +1,7 @@
 """One training step: views -> outputs -> terms -> update.
 
-One forward and one backward per view gives the gradient of the sum of all terms and keeps one graph alive at a time.
+One forward and one backward per view gives the gradient of the sum of all terms and keeps one graph alive at a time;
+micro-batches do the same within a view.
 """
 
 from collections.abc import Iterator
@@ -41,12 +42,10 @@ def training_step(run: Run, batch: Batch) -> StepResult:
     run.optimizer.zero_grad(set_to_none=True)
     terms: dict[str, Tensor] = {}
     views: list[View] = []
-    making = make_views(batch, run.teacher, wanted, run.settings.mixing, seed, step)
+    making = make_views(batch, run.teacher, wanted, run.settings.mixing, run.settings.masking, seed, step)
     while view := _next_view(run, making):
         views.append(view)
-        values, total = _view_terms(run, view, {n: o for n, o in objectives.items() if view.name in o.views})
-        terms |= values
-        total.backward()
+        terms |= _learn(run, view, {n: o for n, o in objectives.items() if view.name in o.views})
     # One look for all of them: on a GPU each look waits for the device.
     watched = terms | {"gradient": _gradient_norm(run)}
     if not torch.isfinite(torch.stack(list(watched.values()))).all():
@@ -64,16 +63,24 @@ def training_step(run: Run, batch: Batch) -> StepResult:
 _REMEDY = "the state before this step is saved; look at the input, or resume with a lower optimizer.lr"
 
 
-def _view_terms(run: Run, view: View, objectives: dict[str, torch.nn.Module]) -> tuple[dict[str, Tensor], Tensor]:
-    """Forward the student on one view; unweighted terms for the log and their weighted sum for the backward."""
-    training = run.settings.training
+def _learn(run: Run, view: View, objectives: dict[str, torch.nn.Module]) -> dict[str, Tensor]:
+    """Add the gradient of one view's terms, the mean over its micro-batches; the unweighted terms for the log."""
+    training, count = run.settings.training, len(view.image)
     # Dropout and stochastic depth know only the global generator, so it is seeded for this view of this step.
     torch.manual_seed(derive_seed(training.seed, f"student {view.name}", run.step))
-    with _precision(run):  # objectives compute in float32 all the same; their frozen networks need not
-        output = run.forward(view.image)
-        values = {name: objective(output, view) for name, objective in objectives.items()}
-    total = torch.stack([objectives[name].settings.weight * value for name, value in values.items()]).sum()
-    return {f"{view.name}/{name}": value.detach() for name, value in values.items()}, total
+    terms: dict[str, Tensor] = {}
+    for start in range(0, count, training.micro_batch or count):
+        part = view.part(slice(start, start + (training.micro_batch or count)))
+        share = len(part.image) / count
+        with _precision(run):  # objectives compute in float32 all the same; their frozen networks need not
+            output = run.forward(part.image, part.boxes)
+            values = {name: objective(output, part) for name, objective in objectives.items()}
+        total = torch.stack([objectives[name].settings.weight * value for name, value in values.items()]).sum()
+        (share * total).backward()
+        for name, value in values.items():
+            label = f"{view.name}/{name}"
+            terms[label] = terms.get(label, 0) + share * value.detach()
+    return terms
 
 
 def _next_view(run: Run, making: Iterator[View]) -> View | None:

@@ -1,30 +1,43 @@
 """The segmentation network: encoder + decoder, image -> Output.
 
-B batch, K classes, D fused channels, H W pixels, h w cells of the decoder's grid (stride 4).
+B batch, K classes, D fused channels, H W pixels, h w cells of the decoder's grid, a b cells of a detail crop.
 """
 
 from dataclasses import dataclass
 from typing import Self
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cluda_cli import settings
-from cluda_cli.models.decoders import DAFormerDecoder
+from cluda_cli.models.boxes import Boxes, Size
+from cluda_cli.models.decoders import DAFormerDecoder, DeepLabV2Decoder
 from cluda_cli.models.encoders import build_encoder
 
 
 @dataclass(frozen=True)
-class Output:
-    """What one forward of the network gives."""
+class Detail:
+    """What a network of two resolutions saw of a part of each image at full resolution."""
 
-    logits: Tensor  # B K h w
+    boxes: Boxes  # of the parts, in pixels of the image
+    logits: Tensor  # B K a b
+    features: Tensor  # B D a b
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one forward of the network gives; with two resolutions all but the logits is of the context alone."""
+
+    logits: Tensor  # B K h w, of both resolutions
     features: Tensor  # B D h w, the fused feature that the classifier reads
-    encoder: tuple[Tensor, ...]  # four maps, strides 4, 8, 16, 32
+    encoder: tuple[Tensor, ...]  # four maps
+    image: Tensor  # B 3 H W, what the encoder saw
+    detail: Detail | None = None  # in training, with two resolutions
 
 
 class Segmenter(nn.Module):
-    """Encoder and DAFormer decoder, with random weights from torch's global generator.
+    """Encoder and decoder, with random weights from torch's global generator.
 
     Images whose sides are multiples of `pad_multiple` fit every encoder; most convolutional ones take any size. With
     `freeze_batch_norm` the encoder's batch norms keep their statistics in training mode too, and their affine
@@ -34,7 +47,12 @@ class Segmenter(nn.Module):
     def __init__(self, model: settings.Model, num_classes: int) -> None:
         super().__init__()
         self.encoder = build_encoder(model)
-        self.decoder = DAFormerDecoder(model.decoder, self.encoder.channels, num_classes)
+        self.decoder = (
+            DeepLabV2Decoder(model.deeplab, self.encoder.channels, num_classes)
+            if model.deeplab
+            else DAFormerDecoder(model.decoder, self.encoder.channels, num_classes)
+        )
+        self.stride: int = self.encoder.strides[-1 if model.deeplab else 0]  # pixels per cell of the logits
         self.freeze_batch_norm = model.freeze_batch_norm
         if self.freeze_batch_norm:
             for norm in self._encoder_norms():
@@ -43,13 +61,23 @@ class Segmenter(nn.Module):
 
     @property
     def pad_multiple(self) -> int:
-        """Images whose height and width are multiples of it fit the encoder."""
+        """Images whose height and width are multiples of it fit the network."""
         return self.encoder.pad_multiple
 
-    def forward(self, image: Tensor) -> Output:
+    @property
+    def smallest(self) -> int:
+        """Least height and width of an image: one cell of the coarsest map, less than which encoders cannot reduce."""
+        return 32
+
+    def draw_boxes(self, count: int, image: Size, generator: torch.Generator) -> Boxes | None:
+        """Where to look closely while training on `count` images of this size: nowhere, with one resolution."""
+        return None
+
+    def forward(self, image: Tensor, boxes: Boxes | None = None) -> Output:
+        """`boxes` concern networks of two resolutions only."""
         maps = self.encoder(image)
         logits, fused = self.decoder(maps)
-        return Output(logits=logits, features=fused, encoder=maps)
+        return Output(logits=logits, features=fused, encoder=maps, image=image)
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)

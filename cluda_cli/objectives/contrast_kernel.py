@@ -1,38 +1,26 @@
-"""Pixel contrast with its gradient, computed in tiles: no matrix is ever quadratic in the number of pixels.
+"""Pixel contrast with its gradient, of one resolution and of two.
 
-The published loss needs about eleven N x N matrices at once. This form rests on four observations.
+Features become unit vectors and pixels are sorted by class; what is summed over pairs of pixels is computed in tiles
+(`contrast_tiles`). The gradient is computed in the forward pass and scaled in the backward pass.
 
-* Similarity is symmetric, so each pair of pixels of different classes is visited in one order only.
-* Between classes only the sums of exponentials matter; logarithms are needed within a class.
-* Pixels sorted by class make both kinds of pairs rectangles of one matrix, and tiles of them plain matrix products.
-* The gradient costs little more than the value, so the forward pass computes it and the backward pass scales it.
-
-Two sweeps do it: one over the pairs between classes for the sums, then one over all pairs for value and gradient. The
-exponentials of the first sweep are kept for the second up to a fixed budget, and computed again beyond it.
-
-Legend: N pixels, n of them labelled and sorted by class, D channels, i and j slices of the n pixels.
+Legend: N pixels, n of them chosen and sorted by class, D channels.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from cluda_cli.data.labels import IGNORE
+from cluda_cli.objectives.contrast_tiles import Pairs, attract_and_repel
 
 CPU_TILE = 512
 """Side of a tile on a CPU: one megabyte of float32, which stays in the cache between the steps of a tile."""
 GPU_TILE = 4096
 """Side of a tile elsewhere: few enough kernel launches that they do not dominate (a guess, not measured)."""
-KEPT = 2**25
-"""Exponentials kept between the sweeps, at most: 128 MiB of float32."""
 TINY = 1e-12
 """Norm below which a feature has no direction: it is similar to none and gets no gradient."""
-LINEAR = 40.0
-"""Argument above which softplus(x) is x; the difference is below the precision of float64."""
 
 
 def contrast(features: Tensor, label: Tensor, weight: Tensor, temperature: float, tile: int = 0) -> Tensor:
@@ -52,13 +40,48 @@ def contrast(features: Tensor, label: Tensor, weight: Tensor, temperature: float
     repeats exactly on a CPU, and depends on `tile`, the side of a tile, by rounding only. Features alone receive a
     gradient, once: it cannot be differentiated again. On a GPU it waits for the device once, for the class sizes.
     """
-    tile = tile or (CPU_TILE if features.device.type == "cpu" else GPU_TILE)
     differentiate = torch.is_grad_enabled() and features.requires_grad
-    value: Tensor = _PixelContrast.apply(features, label, weight, temperature, tile, differentiate)
+    value: Tensor = _Contrast.apply(features, label, weight, temperature, tile or _tile(features), differentiate)
     return value
 
 
-class _PixelContrast(torch.autograd.Function):
+def multires_contrast(
+    features: Tensor,
+    detail: Tensor,
+    inside: Tensor,
+    mix: Tensor,
+    label: Tensor,
+    weight: Tensor,
+    temperature: float,
+    tile: int = 0,
+) -> Tensor:
+    """Contrast pixels as seen in their context and, within a detail crop, context with detail, in learned shares.
+
+    `features` of the context N D, `detail` N D those of the crop, `inside` N boolean the pixels that lie in it, `mix` N
+    in 0..1 how much detail counts there; the others as in `contrast`. With s_ij the cosine similarity of context i and
+    context j divided by `temperature`, t_ij that of context i and detail j, L_i as there, M_i the log-sum-exp of t_ik
+    over the pixels k of other classes inside the crop, and W_ij = mix_i mix_j where both pixels lie inside, else 0,
+    the value is
+
+        1/2n sum_i 1/max(1, |P_i|) sum_{j in P_i} w_i w_j ((1 - W_ij) softplus(L_i - s_ij) + W_ij softplus(M_i - t_ij)).
+
+    It is CLUDA's learned-weighted contrast across resolutions with the crop taken from its box and the shares the right
+    way round: a mix of 1 trusts detail, as in HRDA's attention, and outside the crop the contrast of contexts remains.
+    The released code gates by class instead (class 0 counts as outside), weighs contexts by W and detail by 1 - W, and
+    compares with zero vectors outside the crop. Rows of `detail` outside may hold anything. Features, detail and mix
+    receive gradients; range, exactness and the rest are as in `contrast`, but on a GPU it waits twice.
+    """
+    differentiate = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (features, detail, mix))
+    inputs = (features, detail, inside, mix, label, weight)
+    value: Tensor = _MultiresContrast.apply(temperature, tile or _tile(features), differentiate, *inputs)
+    return value
+
+
+def _tile(features: Tensor) -> int:
+    return CPU_TILE if features.device.type == "cpu" else GPU_TILE
+
+
+class _Contrast(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx,
@@ -70,22 +93,14 @@ class _PixelContrast(torch.autograd.Function):
         differentiate: bool,
     ) -> Tensor:
         order, classes = _sort_by_class(label)
-        rows = features[order]  # n D
-        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)  # n 1
-        # Both factors of a similarity carry the root of 1/temperature, so that one copy of the pixels serves for both.
-        rows *= temperature**-0.5 / norm.clamp_min(TINY)
-        pixels = _Pixels(rows, weight[order].to(rows.dtype), classes, tile)
-        gradient = torch.zeros_like(rows) if differentiate else None  # n D
-        total, kept = _sum_negatives(pixels, keep=KEPT if differentiate else 0)
-        value, pull = _attract(pixels, total, gradient)
-        if gradient is not None:
-            _repel(pixels, pull / total, kept, gradient)
-            # From the scaled unit vectors back to features: project out their direction, divide by their norm.
-            gradient -= rows * ((rows * gradient).sum(dim=1, keepdim=True) * temperature)
-            gradient *= (norm >= TINY) / norm.clamp_min(TINY) * temperature**-0.5
-            unsorted = torch.zeros_like(features)
-            unsorted[order] = gradient
-            ctx.save_for_backward(unsorted)
+        pixels = _Directions.of(features, order, temperature)
+        weight = (weight.to(features.dtype) * _root_shares(features, order, classes))[order, None]  # n 1
+        pairs = Pairs(pixels.unit, pixels.unit, weight, weight, classes, tile)
+        value, _, gradients = attract_and_repel(pairs, differentiate)
+        if gradients is not None:
+            gradient = torch.zeros_like(features)
+            pixels.add_gradient(gradients.anchors, gradient)
+            ctx.save_for_backward(gradient)
         return value
 
     @staticmethod
@@ -93,6 +108,45 @@ class _PixelContrast(torch.autograd.Function):
     def backward(ctx: FunctionCtx, scale: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * scale, None, None, None, None, None
+
+
+class _MultiresContrast(torch.autograd.Function):
+    """The weight w_i w_j (1 - W_ij) of two contexts is w_i w_j - q_i q_j with q = w mix inside, and that of context and
+    detail is q_i q_j: the first term is a plain contrast with one more product in its weights, and the second concerns
+    the pixels inside alone."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, temperature: float, tile: int, differentiate: bool, *inputs: Tensor) -> Tensor:
+        features, detail, inside, mix, label, weight = inputs  # N D twice, then N each
+        order, classes = _sort_by_class(label)
+        weight = weight.to(features.dtype) * _root_shares(features, order, classes) * 0.5**0.5  # N
+        detailed = torch.where(inside, weight * mix, 0)  # N, q
+        context = _Directions.of(features, order, temperature)
+        left, right = (torch.stack([weight, q], dim=1)[order] for q in (detailed, -detailed))  # n 2
+        pairs = Pairs(context.unit, context.unit, left, right, classes, tile)
+        value, by_left, gradients = attract_and_repel(pairs, differentiate)
+
+        near, near_classes = _sort_by_class(label.where(inside, IGNORE))
+        anchors, others = (_Directions.of(maps, near, temperature) for maps in (features, detail))
+        q = detailed[near, None]  # n 1
+        near_pairs = Pairs(anchors.unit, others.unit, q, q, near_classes, tile)
+        near_value, by_q, near_gradients = attract_and_repel(near_pairs, differentiate)
+
+        if gradients is not None and near_gradients is not None:
+            to_features, to_detail, to_mix = (torch.zeros_like(tensor) for tensor in (features, detail, mix))
+            context.add_gradient(gradients.anchors, to_features)
+            anchors.add_gradient(near_gradients.anchors, to_features)
+            others.add_gradient(near_gradients.others, to_detail)
+            to_mix[order] += by_left[:, 1]
+            to_mix[near] += by_q[:, 0]
+            ctx.save_for_backward(to_features, to_detail, torch.where(inside, to_mix * weight, 0))
+        return value + near_value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, scale: Tensor) -> tuple[Tensor | None, ...]:
+        features, detail, mix = ctx.saved_tensors
+        return None, None, None, features * scale, detail * scale, None, mix * scale, None, None
 
 
 def _sort_by_class(label: Tensor) -> tuple[Tensor, list[slice]]:
@@ -112,98 +166,36 @@ def _sort_by_class(label: Tensor) -> tuple[Tensor, list[slice]]:
     return torch.cat([order[run] for run in runs] or [order[:0]]), classes
 
 
+def _root_shares(features: Tensor, order: Tensor, classes: list[slice]) -> Tensor:
+    """Square root of the share of a pair in the value, 1 / n max(1, |P_i|), N: both pixels of a pair carry it."""
+    shares = features.new_zeros(len(features))
+    for run in classes:
+        shares[order[run]] = (len(order) * max(1, run.stop - run.start - 1)) ** -0.5
+    return shares
+
+
 @dataclass(frozen=True)
-class _Pixels:
-    """The labelled pixels in order of class."""
+class _Directions:
+    """Chosen rows of features as unit vectors, divided by the root of the temperature: so are both factors of a
+    similarity, and one copy of the pixels serves for both."""
 
-    rows: Tensor  # n D, unit features divided by the root of the temperature
-    weight: Tensor  # n
-    classes: list[slice]
-    tile: int
+    index: Tensor  # n, into the N pixels
+    unit: Tensor  # n D
+    norm: Tensor  # n 1
+    temperature: float
 
-    def similarity(self, i: slice, j: slice) -> Tensor:
-        """i j, cosine divided by the temperature."""
-        return self.rows[i] @ self.rows[j].T
+    @classmethod
+    def of(cls, features: Tensor, index: Tensor, temperature: float) -> "_Directions":
+        unit = features[index]
+        norm = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
+        unit *= temperature**-0.5 / norm.clamp_min(TINY)
+        return cls(index, unit, norm, temperature)
 
-    def within(self) -> Iterator[tuple[slice, slice, float]]:
-        """Tiles that cover every pair of pixels of one class, on and above the diagonal.
+    def add_gradient(self, gradient: Tensor, total: Tensor) -> None:
+        """Add a gradient by the scaled unit vectors, n D, as one by the features, N D; overwrites the former.
 
-        With each comes the factor of its terms, one over the number of pixels and the number of positives of each.
+        It loses the part along the direction of a feature and is divided by the feature's norm.
         """
-        for run in self.classes:
-            factor = 1 / (len(self.rows) * max(1, run.stop - run.start - 1))
-            for i in _chunks(run.start, run.stop, self.tile):
-                for j in _chunks(i.start, run.stop, self.tile):
-                    yield i, j, factor
-
-    def across(self) -> Iterator[tuple[slice, slice]]:
-        """Tiles that cover every pair of pixels of different classes once."""
-        for run in self.classes:
-            for i in _chunks(run.start, run.stop, self.tile):
-                for j in _chunks(run.stop, len(self.rows), self.tile):
-                    yield i, j
-
-
-def _chunks(start: int, stop: int, size: int) -> Iterator[slice]:
-    for first in range(start, stop, size):
-        yield slice(first, min(first + size, stop))
-
-
-def _sum_negatives(pixels: _Pixels, keep: int) -> tuple[Tensor, list[Tensor]]:
-    """Sum of exp s_ik over the pixels k of other classes, n, and the first tiles of exponentials, `keep` numbers."""
-    total = torch.zeros_like(pixels.weight)
-    kept: list[Tensor] = []
-    for i, j in pixels.across():
-        exponential = pixels.similarity(i, j).exp_()  # i j
-        total[i] += exponential.sum(dim=1)
-        total[j] += exponential.sum(dim=0)
-        keep -= exponential.numel()
-        if keep >= 0:
-            kept.append(exponential)
-    return total, kept
-
-
-def _attract(pixels: _Pixels, total: Tensor, gradient: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The value, and for each pixel the sum of |d value / d s_ij| over its positives j, n.
-
-    Adds the part of positives to `gradient`, n D: the derivative by s_ij is minus factor w_i w_j sigmoid(L_i - s_ij).
-    """
-    rows, weight = pixels.rows, pixels.weight
-    level = total.log()  # n, L_i; -inf without negatives, where cost and pull vanish
-    value, pull = total.new_zeros(()), torch.zeros_like(total)
-    for i, j, factor in pixels.within():
-        similarity = pixels.similarity(i, j)  # i j
-        if i == j:
-            similarity.fill_diagonal_(torch.inf)  # no pixel is a positive of itself; this costs it nothing
-        as_rows = level[i, None] - similarity  # i j
-        cost = F.softplus(as_rows, threshold=LINEAR)
-        if i != j:  # a tile on the diagonal holds both orders of a pair already
-            as_columns = level[j] - similarity
-            cost += F.softplus(as_columns, threshold=LINEAR)
-        value += factor * (weight[i] @ (cost @ weight[j]))
-        if gradient is None:
-            continue
-        pull[i] += factor * weight[i] * (as_rows.sigmoid_() @ weight[j])
-        if i != j:
-            pull[j] += factor * weight[j] * (weight[i] @ as_columns.sigmoid_())
-            as_rows += as_columns
-        as_rows *= (factor * weight[i])[:, None] * weight[j]
-        gradient[i].addmm_(as_rows, rows[j], alpha=-1)
-        gradient[j].addmm_(as_rows.T, rows[i], alpha=-1)
-    return value, pull
-
-
-def _repel(pixels: _Pixels, push: Tensor, kept: list[Tensor], gradient: Tensor) -> None:
-    """Add the part of negatives to `gradient`, n D; overwrites `kept`.
-
-    The derivative by s_ik is exp(s_ik - L_i) times the pull of i; `push`, n, is the pull times exp(-L). With the pair
-    seen from k it makes exp(s_ik) (push_i + push_k), which is symmetric.
-    """
-    waiting = iter(kept)
-    for i, k in pixels.across():
-        force = next(waiting, None)  # i k
-        if force is None:
-            force = pixels.similarity(i, k).exp_()
-        force *= push[i, None] + push[k]
-        gradient[i].addmm_(force, pixels.rows[k])
-        gradient[k].addmm_(force.T, pixels.rows[i])
+        gradient -= self.unit * ((self.unit * gradient).sum(dim=1, keepdim=True) * self.temperature)
+        gradient *= (self.norm >= TINY) / self.norm.clamp_min(TINY) * self.temperature**-0.5
+        total[self.index] += gradient

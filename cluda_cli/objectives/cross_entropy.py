@@ -11,15 +11,23 @@ from cluda_cli.models.segmenter import Output
 
 
 class CrossEntropy(nn.Module):
-    """Supervision by the labels of a view, ground truth or pseudo-labels alike; the weights make the difference."""
+    """Supervision by the labels of a view, ground truth or pseudo-labels alike; the weights make the difference.
 
-    def __init__(self, section: settings.Objective, views: frozenset[str]) -> None:
+    With a detail crop, the crop has a share of its own in the term (HRDA, section 3).
+    """
+
+    def __init__(self, section: settings.CrossEntropy, views: frozenset[str]) -> None:
         super().__init__()
         self.settings, self.views = section, views
 
     def forward(self, output: Output, view: View) -> Tensor:
         with torch.autocast(output.logits.device.type, enabled=False):
-            return weighted_cross_entropy(output.logits.float(), view.label, view.weight.float())
+            whole = weighted_cross_entropy(output.logits.float(), view.label, view.weight.float())
+            if output.detail is None:
+                return whole
+            boxes, logits = output.detail.boxes, output.detail.logits.float()
+            part = weighted_cross_entropy(logits, boxes.crop(view.label), boxes.crop(view.weight.float()))
+            return torch.lerp(whole, part, self.settings.detail_weight)
 
 
 def weighted_cross_entropy(logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:

@@ -36,9 +36,9 @@ class FeatureDistance(nn.Module):
 
     def forward(self, output: Output, view: View) -> Tensor:
         with torch.no_grad():
-            pretrained = self._frozen[0](view.image)[-1]  # B C h w
+            pretrained = self._frozen[0](output.image)[-1]  # B C h w
         cells = downscale_label(view.label, pretrained.shape[-2:], self.settings.min_share, self.num_classes)  # B h w
-        with torch.autocast(view.image.device.type, enabled=False):
+        with torch.autocast(output.image.device.type, enabled=False):
             return masked_distance(output.encoder[-1].float(), pretrained.float(), self.acts_on[cells])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

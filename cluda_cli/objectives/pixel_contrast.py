@@ -1,7 +1,9 @@
-"""Contrast of fused features, pixel against pixel, within and across domains.
+"""Contrast of fused features, pixel against pixel, within and across domains, and across resolutions.
 
-B batch, D fused channels, H W pixels, h w cells of a feature map, N = B h w.
+B batch, C channels, D fused channels, H W pixels, h w cells of a feature map, a b cells of a detail crop, N = B h w.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +11,10 @@ from torch import Tensor, nn
 
 from cluda_cli import settings
 from cluda_cli.adaptation.views import View
+from cluda_cli.models.boxes import Boxes
+from cluda_cli.models.decoders import DAFormerDecoder
 from cluda_cli.models.segmenter import Output
-from cluda_cli.objectives.contrast_kernel import contrast
+from cluda_cli.objectives.contrast_kernel import contrast, multires_contrast
 
 
 class PixelContrast(nn.Module):
@@ -18,18 +22,29 @@ class PixelContrast(nn.Module):
 
     On source images the labels are ground truth. Mixed images hold pixels of both domains and pseudo-labels; there
     every pair counts by the product of its two confidence weights.
+
+    For a network of two resolutions, `channels` are those of its encoder's maps: a light head of the objective's own,
+    which this loss alone trains, then learns from the maps of the context how much detail counts in a pair.
     """
 
-    def __init__(self, section: settings.PixelContrast, views: frozenset[str]) -> None:
+    def __init__(
+        self, section: settings.PixelContrast, views: frozenset[str], channels: Sequence[int] | None = None
+    ) -> None:
         super().__init__()
         self.settings, self.views = section, views
+        light = settings.Decoder(embed_dim=section.weighter_dim, channels=section.weighter_dim, dilations=())
+        self.weighter = None if channels is None else DAFormerDecoder(light, channels, num_classes=1)
 
     def forward(self, output: Output, view: View) -> Tensor:
+        size, temperature = self.settings.size, self.settings.temperature
         with torch.autocast(output.features.device.type, enabled=False):
-            return contrast(
-                *to_rows(output.features.float(), view.label, view.weight.float(), self.settings.size),
-                temperature=self.settings.temperature,
-            )
+            features, weight = output.features.float(), view.weight.float()
+            if self.weighter is None or output.detail is None:
+                return contrast(*to_rows(features, view.label, weight, size), temperature=temperature)
+            mix = self.weighter([maps.float() for maps in output.encoder])[0].sigmoid()  # B 1 h w
+            detail, boxes = output.detail.features.float(), output.detail.boxes
+            rows = to_multires_rows(features, detail, boxes, mix, view.label, weight, size)
+            return multires_contrast(*rows, temperature=temperature)
 
 
 def to_rows(features: Tensor, label: Tensor, weight: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,8 +54,40 @@ def to_rows(features: Tensor, label: Tensor, weight: Tensor, size: int) -> tuple
     Features and weights are interpolated with aligned corners and labels take the nearest pixel, as CLUDA's training
     code does.
     """
-    grid = [min(size, side) for side in features.shape[-2:]]
-    features = F.interpolate(features, grid, mode="bilinear", align_corners=True)  # B D h w
-    weight = F.interpolate(weight[:, None], grid, mode="bilinear", align_corners=True)[:, 0]  # B h w
-    label = F.interpolate(label[:, None].float(), grid, mode="nearest")[:, 0].to(label.dtype)  # B h w
-    return features.permute(0, 2, 3, 1).flatten(0, 2), label.flatten(), weight.flatten()
+    grid = _grid(features, size)
+    label = F.interpolate(label[:, None].float(), grid, mode="nearest").to(label.dtype)  # B 1 h w
+    return _sample(features, grid), label.flatten(), _sample(weight[:, None], grid)[:, 0]
+
+
+def to_multires_rows(
+    features: Tensor, detail: Tensor, boxes: Boxes, mix: Tensor, label: Tensor, weight: Tensor, size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `to_rows`, with features of the context B D h w, of the detail B D a b at `boxes` in pixels, and the share of
+    the detail, `mix` B 1 of any size: rows of features N D, of detail N D, which of them lie inside the crop N, mix N,
+    labels N and weights N. The grid is no finer than the detail.
+
+    Context and mix are first brought to the resolution of the detail, with aligned corners and without, and the detail
+    is placed there at its box, as in CLUDA's training code.
+    """
+    stride = boxes.size[0] // detail.shape[2]  # pixels per cell of the detail
+    fine = (label.shape[1] // stride, label.shape[2] // stride)
+    boxes = boxes.over(stride)
+    features = F.interpolate(features, fine, mode="bilinear", align_corners=True)  # B D, fine
+    grid = _grid(features, size)
+    # A row between the border of the box and the zeros pasted around it would be a mixture of both. So a row counts as
+    # inside only if every cell that has a share in it lies inside, that is, if the cells outside add up to nothing;
+    # none of the summands is negative, so this test is exact.
+    outside = _sample(1 - boxes.inside(fine)[:, None].to(features.dtype), grid)[:, 0]
+    detail = _sample(boxes.paste(detail, fine), grid)
+    mix = _sample(F.interpolate(mix, fine, mode="bilinear"), grid)[:, 0]
+    features, label, weight = to_rows(features, label, weight, size)
+    return features, detail, outside == 0, mix, label, weight
+
+
+def _grid(maps: Tensor, size: int) -> list[int]:
+    return [min(size, side) for side in maps.shape[-2:]]
+
+
+def _sample(maps: Tensor, grid: list[int]) -> Tensor:
+    """Maps B C h w on a grid of their corners, as rows N C."""
+    return F.interpolate(maps, grid, mode="bilinear", align_corners=True).permute(0, 2, 3, 1).flatten(0, 2)

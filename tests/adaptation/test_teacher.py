@@ -30,7 +30,7 @@ class TinyNetwork(nn.Module):
 
     def forward(self, image: Tensor) -> Output:
         features = self.dropout(self.norm(self.convolution(self.frozen(image))).relu())
-        return Output(self.classify(features), features, (features,) * 4)
+        return Output(self.classify(features), features, (features,) * 4, image)
 
 
 @pytest.fixture

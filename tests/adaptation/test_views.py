@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import itertools
+from collections.abc import Set
 from typing import Any
 
 import pytest
@@ -13,15 +15,30 @@ from cluda_cli.adaptation.teacher import labels_and_weights
 from cluda_cli.adaptation.views import View, make_views
 from cluda_cli.data.streams import Batch
 from cluda_cli.data.transforms import normalise
+from cluda_cli.models.boxes import Boxes, random_boxes
 
 PLAIN = settings.Mixing(jitter_probability=0, blur_probability=0)
+STRONG = settings.Mixing(jitter_probability=1, blur_probability=1)
+BLOCKS = settings.Masking(block=4, augment=False)
 BOTH = frozenset({"source", "mixed"})
+ALL = frozenset({"source", "mixed", "masked"})
+
+
+class OneResolution:
+    def draw_boxes(self, *_: object) -> None:
+        return None
+
+
+class TwoResolutions:
+    def draw_boxes(self, count: int, image: tuple[int, int], generator: torch.Generator) -> Boxes:
+        return random_boxes(count, image, (8, 8), 1, generator)
 
 
 class StubTeacher:
     """Labels of the column, weight 0.25 where valid; remembers what it saw."""
 
-    def __init__(self) -> None:
+    def __init__(self, network: Any = OneResolution) -> None:
+        self.network = network()
         self.seen: list[Tensor] = []
 
     def pseudo_labels(self, image: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,6 +47,8 @@ class StubTeacher:
 
 
 class NoTeacher:
+    network = OneResolution()
+
     def pseudo_labels(self, image: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         raise AssertionError("the teacher was asked")
 
@@ -51,9 +70,16 @@ def batch() -> Batch:
 
 
 def views_of(
-    batch: Batch, mixing: settings.Mixing = PLAIN, seed: int = 0, step: int = 0, teacher: Any = None
+    batch: Batch,
+    mixing: settings.Mixing = PLAIN,
+    masking: settings.Masking = BLOCKS,
+    wanted: Set[str] = BOTH,
+    seed: int = 0,
+    step: int = 0,
+    teacher: Any = None,
 ) -> dict[str, View]:
-    return {v.name: v for v in make_views(batch, teacher or StubTeacher(), BOTH, mixing, seed, step)}  # type: ignore
+    views = make_views(batch, teacher or StubTeacher(), wanted, mixing, masking, seed, step)
+    return {view.name: view for view in views}
 
 
 def equal(first: View, second: View) -> bool:
@@ -84,7 +110,7 @@ def test_every_mixed_pixel_is_wholly_of_the_source_or_of_the_target(batch: Batch
 
 def test_teacher_sees_target_images_with_zero_padding(batch: Batch) -> None:
     teacher = StubTeacher()
-    views_of(batch, settings.Mixing(jitter_probability=1, blur_probability=1), teacher=teacher)
+    views_of(batch, STRONG, teacher=teacher)
     expected = normalise(batch.target_image) * batch.target_inside[:, None]
     assert len(teacher.seen) == 1 and torch.equal(teacher.seen[0], expected)
     assert torch.all(teacher.seen[0][1, :, :, 28:] == 0)
@@ -99,34 +125,46 @@ def test_pseudo_label_of_the_mixed_view_is_of_the_target_alone(batch: Batch) -> 
 
 def test_strong_augmentation_changes_the_image_alone(batch: Batch) -> None:
     plain = views_of(batch)
-    strong = views_of(batch, settings.Mixing(jitter_probability=1, blur_probability=1))
+    strong = views_of(batch, STRONG)
     assert equal(plain["source"], strong["source"])
     assert not torch.allclose(plain["mixed"].image, strong["mixed"].image, atol=0.1)
     assert torch.equal(plain["mixed"].label, strong["mixed"].label)
     assert torch.equal(plain["mixed"].weight, strong["mixed"].weight)
 
 
-def test_views_follow_from_seed_and_step(batch: Batch) -> None:
-    strong = settings.Mixing(jitter_probability=1, blur_probability=1)
-    first = views_of(batch, strong, seed=3, step=5)["mixed"]
-    assert equal(first, views_of(batch, strong, seed=3, step=5)["mixed"])
+@pytest.mark.parametrize("masking", [BLOCKS, settings.Masking(block=4)])
+def test_views_follow_from_seed_and_step(batch: Batch, masking: settings.Masking) -> None:
+    first = views_of(batch, STRONG, masking, ALL, seed=3, step=5)
+    again = views_of(batch, STRONG, masking, ALL, seed=3, step=5)
+    assert all(equal(view, again[name]) for name, view in first.items())
     for seed, step in ((3, 6), (4, 5)):
-        other = views_of(batch, strong, seed=seed, step=step)["mixed"]
-        assert not torch.equal(first.image, other.image) and not torch.equal(first.label, other.label)
+        other = views_of(batch, STRONG, masking, ALL, seed=seed, step=step)
+        assert equal(first["source"], other["source"])
+        assert not torch.equal(first["mixed"].image, other["mixed"].image)
+        assert not torch.equal(first["mixed"].label, other["mixed"].label)
+        assert not torch.equal(visible(first["masked"]), visible(other["masked"]))
 
 
-def test_mixed_view_is_the_same_without_the_source_view(batch: Batch) -> None:
-    (alone,) = make_views(batch, StubTeacher(), {"mixed"}, settings.Mixing(), 0, 1)  # type: ignore
-    assert equal(alone, views_of(batch, settings.Mixing(), step=1)["mixed"])
+@pytest.mark.parametrize("wanted", [set(c) for n in (1, 2) for c in itertools.combinations(sorted(ALL), n)])
+def test_views_are_the_same_whichever_are_wanted(batch: Batch, wanted: set[str]) -> None:
+    masking = settings.Masking(block=4, with_source=True)
+    teachers = [StubTeacher(TwoResolutions) for _ in range(2)]
+    every = views_of(batch, settings.Mixing(), masking, ALL, step=1, teacher=teachers[0])
+    some = views_of(batch, settings.Mixing(), masking, wanted, step=1, teacher=teachers[1])
+    assert list(every) == ["source", "mixed", "masked"] and set(some) == wanted
+    for name, view in some.items():
+        assert equal(view, every[name])
+        assert view.boxes is not None and every[name].boxes is not None
+        assert torch.equal(view.boxes.corner, every[name].boxes.corner)
 
 
 def test_views_nobody_wants_are_never_made(batch: Batch) -> None:
-    assert [v.name for v in make_views(batch, NoTeacher(), {"source"}, PLAIN, 0, 0)] == ["source"]  # type: ignore
-    assert list(make_views(batch, NoTeacher(), set(), PLAIN, 0, 0)) == []  # type: ignore
+    assert list(views_of(batch, wanted={"source"}, teacher=NoTeacher())) == ["source"]
+    assert views_of(batch, wanted=set(), teacher=NoTeacher()) == {}
 
 
 def test_a_view_is_made_only_when_asked_for(batch: Batch) -> None:
-    views = make_views(batch, NoTeacher(), BOTH, PLAIN, 0, 0)  # type: ignore
+    views = make_views(batch, NoTeacher(), BOTH, PLAIN, BLOCKS, 0, 0)  # type: ignore[arg-type]
     assert next(views).name == "source"
     with pytest.raises(AssertionError, match="the teacher was asked"):
         next(views)
@@ -134,7 +172,8 @@ def test_a_view_is_made_only_when_asked_for(batch: Batch) -> None:
 
 def test_global_generator_and_batch_stay_as_they_are(batch: Batch) -> None:
     before, copied = torch.get_rng_state(), copy.deepcopy(batch)
-    views_of(batch, settings.Mixing(jitter_probability=1, blur_probability=1))
+    masking = settings.Masking(with_source=True)
+    views_of(batch, STRONG, masking, ALL, teacher=StubTeacher(TwoResolutions))
     assert torch.equal(torch.get_rng_state(), before)
     for field in dataclasses.fields(batch):
         assert torch.equal(getattr(batch, field.name), getattr(copied, field.name))
@@ -142,13 +181,152 @@ def test_global_generator_and_batch_stay_as_they_are(batch: Batch) -> None:
 
 def test_nothing_is_read_back_from_the_device(batch: Batch) -> None:
     class DeviceTeacher:
+        network = TwoResolutions()
+
         def pseudo_labels(self, image: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
             return labels_and_weights(image[:, :, ::4, ::4], 0.9, valid)
 
     # Tensors on this device have no values, so that reading one (and, on a GPU, waiting for it) raises.
-    views = views_of(
-        batch.to(torch.device("meta")),
-        settings.Mixing(jitter_probability=1, blur_probability=1),
-        teacher=DeviceTeacher(),
-    )
-    assert views["mixed"].image.device.type == views["mixed"].label.device.type == "meta"
+    masking = settings.Masking(with_source=True)
+    views = views_of(batch.to(torch.device("meta")), STRONG, masking, ALL, teacher=DeviceTeacher())
+    for view in views.values():
+        assert view.image.device.type == view.label.device.type == view.weight.device.type == "meta"
+        assert view.boxes is not None and view.boxes.corner.device.type == "meta"
+
+
+# Masked images
+
+
+def visible(view: View) -> Tensor:
+    """Where an image shows anything; no pixel of the batch is exactly the mean colour.  # B H W"""
+    return (view.image != 0).any(dim=1)
+
+
+def test_masked_view_hides_parts_of_the_target_and_keeps_its_pseudo_labels(batch: Batch) -> None:
+    teacher = StubTeacher()
+    view = views_of(batch, wanted={"masked"}, teacher=teacher)["masked"]
+    columns = (torch.arange(32) % 3).expand(2, 24, 32)
+    assert torch.equal(view.label, columns) and view.label.dtype == torch.int64
+    assert torch.equal(view.weight, 0.25 * batch.target_valid)  # hidden pixels count, margins do not
+    assert view.image.dtype == view.weight.dtype == torch.float32 and view.pseudo_label is None
+    shown = visible(view)
+    assert torch.equal(view.image, teacher.seen[0] * shown[:, None])
+    blocks = shown[:, :, :28].unfold(1, 4, 4).unfold(2, 4, 4).flatten(3)  # without the padding of the second image
+    assert torch.equal(blocks.all(3), blocks.any(3)) and blocks.any() and not blocks.all()
+
+
+def test_share_of_hidden_pixels_is_the_ratio(batch: Batch) -> None:
+    for ratio in (0.0, 0.3, 0.7):
+        masking = settings.Masking(block=2, augment=False, ratio=ratio)
+        views = [views_of(batch, PLAIN, masking, {"masked"}, step=step)["masked"] for step in range(10)]
+        hidden = [~visible(view)[0] for view in views]  # the first image, which has no padding
+        blocks = 10 * 12 * 16
+        assert torch.stack(hidden).float().mean().item() == pytest.approx(ratio, abs=5 * (0.25 / blocks) ** 0.5)
+
+
+def test_blocks_grow_with_the_crop() -> None:
+    assert settings.Masking().block_pixels((512, 512)) == 32 and settings.Masking().block_pixels((1024, 1024)) == 64
+    assert settings.Masking(block=7).block_pixels((512, 512)) == 7
+
+
+def test_target_is_augmented_before_it_is_masked_if_asked_to(batch: Batch) -> None:
+    masking = settings.Masking(block=4, augment=True)
+    teacher = StubTeacher()
+    strong = views_of(batch, STRONG, masking, {"masked"}, teacher=teacher)["masked"]
+    unchanged = views_of(batch, PLAIN, masking, {"masked"})["masked"]
+    never = views_of(batch, STRONG, BLOCKS, {"masked"})["masked"]
+    shown = visible(unchanged)
+    assert torch.equal(unchanged.image, teacher.seen[0] * shown[:, None])
+    assert torch.equal(never.image, teacher.seen[0] * visible(never)[:, None])
+    # Hidden pixels stay exactly 0: blur does not smear what is visible into them. The second image has padding.
+    change = (strong.image - unchanged.image)[0]
+    assert torch.all(strong.image[0, :, ~shown[0]] == 0) and change[:, shown[0]].abs().mean() > 0.05
+    assert torch.equal(strong.label, unchanged.label) and torch.equal(strong.weight, unchanged.weight)
+
+
+@pytest.mark.parametrize(("count", "ours"), [(1, 0), (2, 1), (3, 1), (4, 2)])
+def test_half_of_the_masked_images_may_be_source(batch: Batch, count: int, ours: int) -> None:
+    fields = (torch.cat([getattr(batch, field.name)] * 2)[:count] for field in dataclasses.fields(batch))
+    larger, teacher = Batch(*fields), StubTeacher()
+    masking = settings.Masking(block=4, augment=False, with_source=True)
+    views = views_of(larger, PLAIN, masking, {"source", "masked"}, teacher=teacher)
+    source, view = views["source"], views["masked"]
+    theirs = count - ours
+    image = torch.cat([source.image[:ours], teacher.seen[0][:theirs]])
+    assert torch.equal(view.image, image * visible(view)[:, None])
+    assert 0 < visible(view).float().mean() < 0.8
+    columns = (torch.arange(32) % 3).expand(theirs, 24, 32)
+    assert torch.equal(view.label, torch.cat([source.label[:ours], columns]))
+    assert torch.equal(view.weight, torch.cat([torch.ones(ours, 24, 32), 0.25 * larger.target_valid[:theirs]]))
+
+
+def test_source_is_masked_without_augmentation(batch: Batch) -> None:
+    masking = settings.Masking(block=4, augment=True, with_source=True)
+    views = views_of(batch, STRONG, masking, {"source", "masked"})
+    image, source = views["masked"].image[0], views["source"].image[0]
+    shown = (image != 0).any(dim=0)
+    assert torch.equal(image, source * shown) and shown.any()
+
+
+def test_teacher_is_asked_once_for_mixed_and_masked(batch: Batch) -> None:
+    teacher = StubTeacher()
+    views_of(batch, wanted=ALL, teacher=teacher)
+    assert len(teacher.seen) == 1
+
+
+def test_mixed_images_are_not_what_is_masked(batch: Batch) -> None:
+    views = views_of(batch, wanted=ALL)
+    assert torch.all(views["masked"].label < 3) and torch.any(views["mixed"].label >= 10)
+    assert torch.all(views["masked"].weight <= 0.25)
+
+
+# Detail crops
+
+
+def corners(batch: Batch, step: int = 0, seed: int = 0, **options: Any) -> dict[str, tuple[int, int] | None]:
+    views = views_of(batch, wanted=ALL, step=step, seed=seed, teacher=StubTeacher(TwoResolutions), **options)
+    for view in views.values():  # one place for all images
+        assert view.boxes is None or torch.equal(view.boxes.corner, view.boxes.corner[:1].expand(len(view.image), 2))
+    return {name: view.boxes and tuple(view.boxes.corner[0].tolist()) for name, view in views.items()}
+
+
+def test_every_view_of_every_step_has_a_detail_crop_of_its_own(batch: Batch) -> None:
+    drawn = [corner for step in range(5) for corner in corners(batch, step).values()]
+    assert len(set(drawn)) > 12  # of 15, among 17 x 25 places
+    assert corners(batch, 3) == corners(batch, 3) != corners(batch, 3, seed=1)
+
+
+def test_detail_crops_do_not_depend_on_mixing_and_masking(batch: Batch) -> None:
+    other = corners(batch, mixing=STRONG, masking=settings.Masking(with_source=True, ratio=0.1))
+    assert corners(batch) == other
+
+
+def test_networks_of_one_resolution_have_none(batch: Batch) -> None:
+    assert all(view.boxes is None for view in views_of(batch, wanted=ALL).values())
+
+
+def test_mixed_images_show_the_least_certain_detail_from_a_step_on(batch: Batch) -> None:
+    mixing = settings.Mixing(jitter_probability=0, blur_probability=0, uncertain_detail_from=4)
+    for step, chosen in ((3, False), (4, True), (5, True)):
+        usual, found = corners(batch, step), corners(batch, step, mixing=mixing)
+        assert (found.pop("mixed") is None) is chosen
+        del usual["mixed"]
+        assert found == usual
+    at_once = settings.Mixing(uncertain_detail_from=0)
+    assert corners(batch, 0, mixing=at_once)["mixed"] is None
+
+
+def test_part_of_a_view(batch: Batch) -> None:
+    views = views_of(batch, wanted=ALL, teacher=StubTeacher(TwoResolutions))
+    for view in views.values():
+        part = view.part(slice(1, 2))
+        assert part.name == view.name
+        for name in ("image", "label", "weight"):
+            assert torch.equal(getattr(part, name), getattr(view, name)[1:2])
+        assert part.boxes is not None and view.boxes is not None and part.boxes.size == view.boxes.size
+        assert torch.equal(part.boxes.corner, view.boxes.corner[1:2])
+    pseudo_label, part = views["mixed"].pseudo_label, views["mixed"].part(slice(1))
+    assert pseudo_label is not None and part.pseudo_label is not None
+    assert torch.equal(part.pseudo_label, pseudo_label[:1]) and views["source"].part(slice(1)).pseudo_label is None
+    plain = views_of(batch)["mixed"].part(slice(1))
+    assert plain.boxes is None and len(plain.image) == 1

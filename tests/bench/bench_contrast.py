@@ -2,9 +2,10 @@
 
     python tests/bench/bench_contrast.py [--side 65] [--rounds 5] [--threads 2]
 
-Features are 2 x 256 x side x side with twelve classes in uneven shares and confidence weights, as in a mixed view. Both
-forms are timed in turn in one process, forward and backward; memory is the growth of the peak resident size of a
-process that runs one form once. Absolute times vary from machine to machine: the ratio is what counts.
+Features are 2 x 256 x side x side with twelve classes in uneven shares and confidence weights, as in a mixed view; the
+contrast of two resolutions also has detail features in a crop of a quarter of the area. The two forms of a contrast are
+timed in turn in one process, forward and backward; memory is the growth of the peak resident size of a process that
+runs one form once. Absolute times vary from machine to machine: the ratio is what counts.
 """
 
 import argparse
@@ -22,20 +23,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluda_cli import console
-from cluda_cli.objectives.contrast_kernel import contrast
+from cluda_cli.objectives.contrast_kernel import contrast, multires_contrast
 
 CLASS_SHARES = (0.33, 0.20, 0.13, 0.10, 0.08, 0.05, 0.04, 0.03, 0.02, 0.01, 0.006, 0.004)
 CHANNELS = 256
 TEMPERATURE = 1.0
-Form = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
 class Problem(NamedTuple):
-    """Inputs as an objective has them: B D h w, N, N."""
+    """Inputs as an objective has them, N = B h w."""
 
-    features: Tensor
-    label: Tensor
-    weight: Tensor
+    features: Tensor  # B D h w
+    detail: Tensor  # B D h w, zero outside the crop
+    inside: Tensor  # N
+    mix: Tensor  # N
+    label: Tensor  # N
+    weight: Tensor  # N
 
 
 class Row(NamedTuple):
@@ -49,32 +52,80 @@ class Row(NamedTuple):
 def plain(features: Tensor, label: Tensor, weight: Tensor, temperature: float) -> Tensor:
     """The contrast as one would write it first: N x N matrices and autograd. Features N D."""
     unit = F.normalize(features, dim=1)
-    similarity = unit @ unit.T / temperature
-    same = label[:, None] == label
-    positive = same & ~torch.eye(len(label), dtype=torch.bool)
-    level = similarity.masked_fill(same, -torch.inf).logsumexp(dim=1, keepdim=True)
-    cost = F.softplus(level - similarity) * (weight[:, None] * weight)
+    return mean_over_positives(costs(unit, unit, label, temperature), label, weight)
+
+
+def plain_multires(
+    features: Tensor, detail: Tensor, inside: Tensor, mix: Tensor, label: Tensor, weight: Tensor, temperature: float
+) -> Tensor:
+    """The contrast of two resolutions as one would write it first. Features and detail N D."""
+    unit = F.normalize(features, dim=1)
+    context = costs(unit, unit, label, temperature)
+    close = costs(unit, F.normalize(detail, dim=1), label, temperature, inside)
+    mix = mix * inside
+    return mean_over_positives(torch.lerp(context, close, mix[:, None] * mix), label, weight) / 2
+
+
+def costs(unit: Tensor, others: Tensor, label: Tensor, temperature: float, inside: Tensor | None = None) -> Tensor:
+    """Of every pair, were it one of positives, N N; the negatives are `inside`, if that is given."""
+    similarity = unit @ others.T / temperature
+    excluded = label[:, None] == label
+    if inside is not None:
+        excluded = excluded | ~inside
+    level = similarity.masked_fill(excluded, -torch.inf).logsumexp(dim=1, keepdim=True)
+    return F.softplus(level - similarity)
+
+
+def mean_over_positives(cost: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+    positive = (label[:, None] == label) & ~torch.eye(len(label), dtype=torch.bool)
+    cost = cost * (weight[:, None] * weight)
     return ((cost * positive).sum(dim=1) / positive.sum(dim=1).clamp_min(1)).mean()
 
 
-FORMS: dict[str, Form] = {"plain N x N": plain, "tiled": contrast}
+def rows(maps: Tensor) -> Tensor:
+    return maps.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def of_one(form: Callable[..., Tensor]) -> Callable[[Problem], Tensor]:
+    return lambda p: form(rows(p.features), p.label, p.weight, TEMPERATURE)
+
+
+def of_two(form: Callable[..., Tensor]) -> Callable[[Problem], Tensor]:
+    return lambda p: form(rows(p.features), rows(p.detail), p.inside, p.mix, p.label, p.weight, TEMPERATURE)
+
+
+FORMS = {
+    "plain N x N": of_one(plain),
+    "tiled": of_one(contrast),
+    "plain + detail": of_two(plain_multires),
+    "tiled + detail": of_two(multires_contrast),
+}
+CONTRASTS = [list(FORMS)[:2], list(FORMS)[2:]]
 
 
 def make_problem(side: int, channels: int = CHANNELS) -> Problem:
-    """Non-negative features, as after a ReLU, and labels in uneven shares; half of the pixels have full confidence."""
+    """Non-negative features, as after a ReLU, and labels in uneven shares; half of the pixels have full confidence. The
+    crop is the middle of each image."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(2, channels, side, side, generator=generator).relu()
     num_pixels = 2 * side * side
     label = torch.multinomial(torch.tensor(CLASS_SHARES), num_pixels, replacement=True, generator=generator)
     weight = 0.7 + 0.3 * torch.randint(2, (num_pixels,), generator=generator)
-    return Problem(features.requires_grad_(), label, weight)
+    middle = slice(side // 4, side // 4 + (side + 1) // 2)
+    inside = torch.zeros(2, side, side, dtype=torch.bool)
+    inside[:, middle, middle] = True
+    detail = torch.randn(2, channels, side, side, generator=generator).relu() * inside[:, None]
+    mix = torch.rand(num_pixels, generator=generator)
+    leaves = (features.requires_grad_(), detail.requires_grad_(), mix.requires_grad_())
+    return Problem(leaves[0], leaves[1], inside.flatten(), leaves[2], label, weight)
 
 
-def once(form: Form, problem: Problem) -> tuple[float, Tensor]:
-    """Seconds of one forward and backward, and the value; the gradient is left in the features."""
-    problem.features.grad = None
+def once(form: Callable[[Problem], Tensor], problem: Problem) -> tuple[float, Tensor]:
+    """Seconds of one forward and backward, and the value; the gradients are left in the inputs."""
+    for tensor in problem:
+        tensor.grad = None
     began = time.perf_counter()
-    value = form(problem.features.permute(0, 2, 3, 1).flatten(0, 2), problem.label, problem.weight, TEMPERATURE)
+    value = form(problem)
     value.backward()
     return time.perf_counter() - began, value.detach()
 
@@ -91,27 +142,28 @@ def memory_of(name: str, side: int, threads: int) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def measure(side: int, rounds: int, threads: int) -> list[Row]:
-    """Both forms, after one warm-up each, in turn."""
+def measure(side: int, rounds: int, threads: int) -> list[list[Row]]:
+    """For each contrast its two forms, after one warm-up each, in turn."""
     # Memory first: a child starts with its parent's peak, so the parent must still be small.
     megabytes = {name: memory_of(name, side, threads) for name in FORMS}
     problem = make_problem(side)
-    for form in FORMS.values():
-        once(form, problem)
     seconds: dict[str, list[float]] = {name: [] for name in FORMS}
-    for _ in range(rounds):
-        for name, form in FORMS.items():
-            seconds[name].append(once(form, problem)[0])
-    return [Row(name, seconds[name], megabytes[name]) for name in FORMS]
+    for names in CONTRASTS:
+        for name in names * (rounds + 1):
+            seconds[name].append(once(FORMS[name], problem)[0])
+    return [[Row(name, seconds[name][1:], megabytes[name]) for name in names] for names in CONTRASTS]
 
 
-def report(rows: list[Row], title: str) -> None:
-    base = statistics.median(rows[0].seconds)
-    console.result_table(title, ["form", "median s", "fastest s", "times faster", "peak MiB above inputs"], [
-        [row.name, f"{statistics.median(row.seconds):.3f}", f"{min(row.seconds):.3f}",
-         f"{base / statistics.median(row.seconds):.1f}", f"{row.megabytes:.0f}"]
-        for row in rows
-    ])  # fmt: skip
+def report(measured: list[list[Row]], title: str) -> None:
+    table = []
+    for contrast_rows in measured:
+        base = statistics.median(contrast_rows[0].seconds)
+        table += [
+            [row.name, f"{statistics.median(row.seconds):.3f}", f"{min(row.seconds):.3f}",
+             f"{base / statistics.median(row.seconds):.1f}", f"{row.megabytes:.0f}"]
+            for row in contrast_rows
+        ]  # fmt: skip
+    console.result_table(title, ["form", "median s", "fastest s", "times faster", "peak MiB above inputs"], table)
 
 
 def main() -> None:
@@ -129,9 +181,9 @@ def main() -> None:
         once(FORMS[options.memory_of], problem)
         print(peak_megabytes() - before)
         return
-    rows = measure(options.side, options.rounds, options.threads)
+    measured = measure(options.side, options.rounds, options.threads)
     threads, shape = f"{options.threads} threads", f"2x{CHANNELS}x{options.side}x{options.side}"
-    report(rows, f"pixel contrast, {shape}, float32, forward + backward, {threads}, torch {torch.__version__}")
+    report(measured, f"pixel contrast, {shape}, float32, forward + backward, {threads}, torch {torch.__version__}")
     console.result(f"{platform.processor() or platform.machine()}, median of {options.rounds} after one warm-up")
 
 

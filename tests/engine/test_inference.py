@@ -13,9 +13,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cluda_cli import settings
 from cluda_cli.data.transforms import fit_box, normalise, resize_image
 from cluda_cli.engine import inference
-from cluda_cli.engine.inference import image_logits, overlapped, predict_labels, window_starts, write_png
+from cluda_cli.engine.inference import image_logits, overlapped, predict_labels, write_png
+from cluda_cli.models.boxes import window_starts
+from cluda_cli.models.multires import MultiResolution
 from cluda_cli.models.segmenter import Output
 from cluda_cli.settings import Evaluation
 
@@ -27,6 +30,7 @@ class Tiny(nn.Module):
     """A network of stride 4 that takes multiples of 8 from 32, with a batch norm and a dropout to disturb."""
 
     pad_multiple = 8
+    smallest = 32
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +41,7 @@ class Tiny(nn.Module):
     def forward(self, image: Tensor) -> Output:
         assert all(length % 8 == 0 and length >= 32 for length in image.shape[2:])
         logits = self.dropout(self.norm(self.conv(image)))
-        return Output(logits, logits, ())
+        return Output(logits, logits, (), image)
 
 
 @pytest.fixture
@@ -152,6 +156,72 @@ def test_labels_made_in_bands_equal_the_argmax(
     assert label.dtype == torch.uint8 and confidence.dtype == torch.float32
     assert torch.equal(label.long(), probability.argmax(0))
     torch.testing.assert_close(confidence, probability.amax(0), rtol=0, atol=1e-6)
+
+
+def two_resolutions() -> MultiResolution:
+    """Its detail crop is 64 x 64."""
+    torch.manual_seed(0)
+    model = settings.Model(encoder="mit_b0", decoder=settings.Decoder(embed_dim=8, channels=8))
+    network = MultiResolution(model, settings.MultiResolution(attention_dim=8), (128, 128), K)
+    nn.init.normal_(network.decoder.conv_seg.weight, std=1.0)
+    return network.eval()
+
+
+@torch.no_grad()
+def fused(network: MultiResolution, image: Tensor, corners: list[tuple[int, int]], multiple: int = 8) -> Tensor:
+    """Context and details of 64 x 64 at `corners` of a padded image, in plain code.  # 3 h w -> K h w"""
+    height, width = image.shape[1:]
+    padded = F.pad(image, (0, max(-width % multiple, 64 - width), 0, max(-height % multiple, 64 - height)))[None]
+    size = (padded.shape[2] // 4, padded.shape[3] // 4)
+    maps = network.encoder(F.avg_pool2d(padded, 2))
+    attention, context = network.scale_attention(maps)[0].sigmoid(), network.decoder(maps)[0]
+    total, cover = torch.zeros(1, K, *size), torch.zeros(size)
+    for y, x in corners:
+        window = (..., slice(y // 4, y // 4 + 16), slice(x // 4, x // 4 + 16))
+        total[window] += network.decoder(network.encoder(padded[..., y : y + 64, x : x + 64]))[0]
+        cover[window[1:]] += 1
+    logits = resize(attention, size) * total / cover + resize((1 - attention) * context, size)
+    return resize(logits, tuple(padded.shape[2:]))[0, :, :height, :width]
+
+
+def grid(rows: list[int], columns: list[int]) -> list[tuple[int, int]]:
+    return [(y, x) for y in rows for x in columns]
+
+
+@pytest.mark.parametrize(
+    ("size", "corners"),
+    [
+        ((128, 96), grid([0, 32, 64], [0, 32])),
+        ((99, 141), grid([0, 32, 40], [0, 32, 64, 80])),  # padded to 104 x 144
+        ((30, 70), grid([0], [0, 8])),  # padded to 64 x 72, of which the context has half
+        ((5, 7), grid([0], [0])),
+    ],
+)
+def test_two_resolutions_of_a_whole_image(size: tuple[int, int], corners: list[tuple[int, int]]) -> None:
+    network, image = two_resolutions(), noise(*size)
+    expected = fused(network, normalise(image), corners)
+    found = image_logits(network, image, None, WHOLE)
+    assert found.shape == (K, *size) and expected.std() > 0.1
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("window", "starts", "corners"),
+    [
+        ((96, 80), ([0, 48, 54], [0, 50]), grid([0, 32], [0, 16])),
+        ((90, 70), ([0, 48, 60], [0, 60]), grid([0, 32], [0, 8])),  # each window is padded to 96 x 72
+    ],
+)
+def test_two_resolutions_in_sliding_windows(
+    window: tuple[int, int], starts: tuple[list[int], list[int]], corners: list[tuple[int, int]]
+) -> None:
+    network, image, (high, wide) = two_resolutions(), noise(150, 130), window
+    total, cover = torch.zeros(K, 150, 130), torch.zeros(150, 130)
+    for y, x in grid(*starts):
+        total[:, y : y + high, x : x + wide] += fused(network, normalise(image)[:, y : y + high, x : x + wide], corners)
+        cover[y : y + high, x : x + wide] += 1
+    found = image_logits(network, image, None, slide(window, (48, 60)))
+    torch.testing.assert_close(found, total / cover, rtol=0, atol=1e-4)
 
 
 class Largest(TorchDispatchMode):

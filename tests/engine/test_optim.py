@@ -6,6 +6,8 @@ from torch import nn
 
 from cluda_cli import settings
 from cluda_cli.engine.optim import build_optimizer, learning_rate_factor, set_learning_rate
+from cluda_cli.models.encoders import build_encoder
+from cluda_cli.models.multires import build_segmenter
 from cluda_cli.models.segmenter import Segmenter
 
 
@@ -53,3 +55,31 @@ def test_parameters_of_objectives_learn_and_frozen_ones_are_left_out():
     assert {id(p) for p in head.parameters()} <= held
     assert held == {id(p) for m in (student, head) for p in m.parameters() if p.requires_grad}
     assert any(not p.requires_grad for p in student.encoder.parameters())
+
+
+@pytest.mark.parametrize(
+    ("encoder", "undecayed", "decayed"),
+    [
+        ("vit_tiny_patch16_224", ("pos_embed", "cls_token", "blocks.0.norm1.weight"), ("blocks.0.attn.qkv.weight",)),
+        ("convnext_atto", ("stages_0.blocks.0.gamma", "stages_1.downsample.0.weight"), ("stem_0.weight",)),
+        ("swin_tiny_patch4_window7_224", ("layers_0.blocks.0.attn.relative_position_bias_table",), ()),
+        ("test_resnet", (), ("bn1.weight",)),
+    ],
+)
+def test_what_is_no_weight_of_a_layer_does_not_decay(encoder, undecayed, decayed):
+    model = settings.Model(encoder=encoder, weights=False)
+    network = nn.ModuleDict({"encoder": build_encoder(model)})
+    names = {id(p): n.removeprefix("encoder.network.") for n, p in network.named_parameters()}
+    adamw = build_optimizer(network, nn.ModuleDict(), settings.Optimizer())
+    groups = {g["name"]: {names[id(p)] for p in g["params"]} for g in adamw.param_groups}
+    assert set(undecayed) <= groups.get("encoder norm", set())
+    assert set(decayed) <= groups["encoder"]
+
+
+def test_every_head_learns_at_the_rate_of_the_decoder():
+    model = settings.Model(encoder="mit_b0", weights=False, multires=settings.MultiResolution(attention_dim=8))
+    student = build_segmenter(model, (64, 64), 3)
+    adamw = build_optimizer(student, nn.ModuleDict(), settings.Optimizer())
+    (fast,) = (g for g in adamw.param_groups if g["name"] == "decoder")
+    heads = [*student.decoder.parameters(), *student.scale_attention.parameters()]
+    assert {id(p) for p in fast["params"]} == {id(p) for p in heads}

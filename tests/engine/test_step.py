@@ -11,7 +11,8 @@ from cluda_cli.data.streams import batches
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.step import training_step
 from cluda_cli.errors import RunError
-from cluda_cli.models.segmenter import Segmenter
+from cluda_cli.models.encoders import build_encoder
+from cluda_cli.models.multires import MultiResolution
 
 CPU = torch.device("cpu")
 # source, feature distance, contrast on source, mixed, contrast on mixed; in steps 0, 1, 2 of `tiny_settings`
@@ -58,8 +59,8 @@ def test_one_backward_per_view_is_the_gradient_of_the_sum(tiny_settings):
     run.student.train()
     run.student.load_state_dict(state, strict=False)
     total = 0
-    wanted = frozenset({"source", "mixed"})
-    for view in make_views(batch, run.teacher, wanted, run.settings.mixing, run.settings.training.seed, 0):
+    wanted, s = frozenset({"source", "mixed"}), run.settings
+    for view in make_views(batch, run.teacher, wanted, s.mixing, s.masking, s.training.seed, 0):
         output = run.student(view.image)
         for objective in run.objectives.values():
             if view.name in objective.views:
@@ -68,6 +69,45 @@ def test_one_backward_per_view_is_the_gradient_of_the_sum(tiny_settings):
     for name, parameter in run.student.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+# Cross-entropies of a network without batch norms and dropout: what is left is a mean over images.
+MEANS = {
+    "data": {"crop": [64, 128]},
+    "model": {"encoder": "mit_b0", "weights": False, "drop_path": 0.0, "deeplab": {}, "multires": {"attention_dim": 8}},
+    "teacher": {"confidence": 0.21},
+    "masking": {"block": 16},
+    "mixing": {"uncertain_detail_from": 0},
+    "objectives": {"masked": {}, "feature_distance": False, "pixel_contrast": False},
+}
+
+
+@pytest.mark.parametrize(("batch_size", "micro_batch", "parts"), [(2, 1, [1, 1]), (3, 2, [2, 1]), (2, 5, [2])])
+def test_micro_batches_give_what_the_batch_gives(tiny_settings, float64, narrow_mit, batch_size, micro_batch, parts):
+    def step(size):
+        tree = {"data": {"batch_size": batch_size}, "training": {"micro_batch": size}}
+        run, stream = start(changed(tiny_settings, presets.merge(MEANS, tree)))
+        for module in (run.student, run.teacher):
+            module.double()
+        details = []
+        run.student.register_forward_hook(lambda _module, _inputs, output: details.append(output.detail))
+        result = training_step(run, next(iter(stream)))
+        gradients = {name: parameter.grad for name, parameter in run.student.named_parameters()}
+        return result, gradients, [len(d.logits) for d in details], torch.cat([d.boxes.corner for d in details])
+
+    (one, expected, whole, places), (other, gradients, sizes, other_places) = step(None), step(micro_batch)
+    assert (whole, sizes) == ([batch_size] * 3, parts * 3)
+    assert torch.equal(places, other_places)
+    assert len(places.unique(dim=0)) > 1
+    for view, other_view in zip(one.views, other.views, strict=True):
+        for field in ("image", "label", "weight"):
+            assert torch.equal(getattr(view, field), getattr(other_view, field))
+    assert ((one.views[1].weight > 0) & (one.views[1].weight < 1)).any()
+    assert one.terms.keys() == other.terms.keys() == {"source/source", "mixed/mixed", "masked/masked"}
+    for name, value in one.terms.items():
+        torch.testing.assert_close(other.terms[name], value, rtol=1e-12, atol=0)
+    for name, gradient in expected.items():
+        assert (gradients[name] - gradient).abs().max() <= 1e-10 * gradient.abs().max().clamp_min(1e-5), name
 
 
 def test_the_teacher_is_the_moving_average(tiny_settings):
@@ -136,22 +176,35 @@ def test_the_state_holds_no_frozen_network(tiny_settings):
     assert not run.state_dict()["objectives"]
 
 
+# Small encoders of the same family.
+STAND_INS = {
+    "mit_b5": "mit_b0",
+    "resnet101c": "test_resnet",
+    "swin_large_patch4_window12_384": "swin_tiny_patch4_window7_224",
+    "vit_base_patch14_dinov2": "test_vit",
+}
+METHODS = [name for name in presets.names() if name not in {"small", "demo", "synthia", "acdc", "dark-zurich"}]
+
+
 @pytest.mark.parametrize("overlay", [[], ["small"], ["demo"]], ids=["alone", "small", "demo"])
-@pytest.mark.parametrize("name", ["source-only", "dacs", "daformer", "daformer-cluda"])
+@pytest.mark.parametrize("name", METHODS)
 def test_every_preset_takes_a_step(name, overlay, tiny_settings, tmp_path):
-    """On tiny crops; MiT-B5 gives way to B0, and encoder weights come from a file of random ones."""
+    """On tiny crops; a smaller encoder stands in for the preset's, and its weights come from a file of random ones."""
     preset = presets.load([name, *overlay])
-    encoder = "mit_b0" if preset.model.encoder == "mit_b5" else preset.model.encoder
-    tree = presets.merge(preset.model_dump(mode="json"), {
-        "data": tiny_settings.model_dump(mode="json")["data"] | {"rare_class": preset.data.rare_class and {}},
-        "model": {"encoder": encoder, "weights": preset.model.weights and str(tmp_path / "preset.safetensors")},
-    })  # fmt: skip
-    settings = presets.validate(tree)
-    save_file(Segmenter(settings.model, 5).encoder.state_dict(), tmp_path / "preset.safetensors")
+    data = tiny_settings.model_dump(mode="json")["data"] | {"rare_class": preset.data.rare_class and {}}
+    data["crop"] = [64, 64] if preset.model.multires else [32, 48]
+    encoder, weights = STAND_INS.get(preset.model.encoder, preset.model.encoder), tmp_path / "preset.safetensors"
+    model = {"encoder": encoder, "weights": preset.model.weights and str(weights)}
+    settings = presets.validate(presets.merge(preset.model_dump(mode="json"), {"data": data, "model": model}))
+    if settings.model.weights:
+        save_file(build_encoder(settings.model).state_dict(), weights)
     run, stream = start(settings)
+    weights.unlink(missing_ok=True)  # pytest keeps the files of three sessions
     before = flat(run.student)
     result = training_step(run, next(iter(stream)))
     assert set(run.objectives) == {n for n, o in preset.objectives if o is not None}
+    assert {view.name for view in result.views} == {"source"} | (set(run.objectives) & {"mixed", "masked"})
+    assert isinstance(run.student, MultiResolution) == bool(preset.model.multires)
     assert all(torch.isfinite(value) for value in result.terms.values())
     assert not torch.equal(before, flat(run.student))
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cluda_cli.objectives import contrast_kernel
+from cluda_cli.objectives import contrast_kernel, contrast_tiles
 from cluda_cli.objectives.contrast_kernel import contrast
 
 REFERENCE = [
@@ -81,7 +81,7 @@ def test_tiles_do_not_matter(tile: int) -> None:
 def test_the_budget_of_kept_exponentials_does_not_matter(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = problem(uneven(150, [4, 0, 255, 11, 18]))
     expected = value_and_gradient(contrast, *inputs, 0.3, 32)
-    monkeypatch.setattr(contrast_kernel, "KEPT", budget)
+    monkeypatch.setattr(contrast_tiles, "KEPT", budget)
     torch.testing.assert_close(value_and_gradient(contrast, *inputs, 0.3, 32), expected, rtol=1e-12, atol=1e-15)
 
 
@@ -203,9 +203,10 @@ def test_no_tensor_is_quadratic_in_pixels(form, quadratic: bool) -> None:
 
 def test_kept_exponentials_stay_within_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     features, label, weight = problem(uneven(400, [5, 2, 8, 1]))
-    pixels = contrast_kernel._Pixels(features, weight, contrast_kernel._sort_by_class(label)[1], tile=16)
+    classes = contrast_kernel._sort_by_class(label)[1]
+    pairs = contrast_tiles.Pairs(features, features, weight[:, None], weight[:, None], classes, tile=16)
     for budget in (0, 1000, 10_000):
-        kept = contrast_kernel._sum_negatives(pixels, budget)[1]
+        kept = contrast_tiles.sum_negatives(pairs, budget)[1]
         assert sum(tensor.numel() for tensor in kept) <= budget
         assert bool(kept) == bool(budget)
 

@@ -33,8 +33,9 @@ def source_view(label: int | Tensor = PERSON) -> View:
     return View("source", image, labels, torch.ones(2, 16, 24))
 
 
-def output_of(features: Tensor) -> Output:
-    return Output(torch.zeros(2, 1, 4, 6), torch.zeros(2, 1, 4, 6), (features,))
+def output_of(features: Tensor, image: Tensor | None = None) -> Output:
+    image = source_view().image if image is None else image
+    return Output(torch.zeros(2, 1, 4, 6), torch.zeros(2, 1, 4, 6), (features,), image)
 
 
 def specified_labels() -> Tensor:
@@ -132,9 +133,8 @@ def test_the_frozen_copy_stays_in_evaluation_mode() -> None:
 def test_the_frozen_copy_moves_with_the_objective() -> None:
     """Seen by the type of its numbers, because moving to a device and changing type are one mechanism."""
     objective = nn.ModuleDict({"it": FeatureDistance(settings.FeatureDistance(), Encoder(), CLASSES)}).double()
-    view = source_view()
-    view = View(view.name, view.image.double(), view.label, view.weight)
-    assert objective["it"](output_of(torch.zeros(2, 5, 2, 3)), view) > 0
+    output = output_of(torch.zeros(2, 5, 2, 3), source_view().image.double())
+    assert objective["it"](output, source_view()) > 0
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ Examples:
   cluda train --preset daformer-cluda     GTA5 -> Cityscapes, as in the paper
   cluda eval --ckpt runs/demo/best.safetensors
   cluda predict images/                   with the newest run's best weights
+  cluda import-weights hrda.pth --preset hrda
 
 \b
 Exit codes: 0 done, 1 the run failed, 2 usage or settings, 3 data,
@@ -236,6 +237,33 @@ def predict(
         console.info(f"weights: {checkpoint}")
     outputs = output or ["train-id", "color", "overlay"]
     predict(images, checkpoint=checkpoint, out=out, outputs=outputs, device=device, as_json=as_json)
+
+
+@app.command("import-weights", short_help="Turn a published checkpoint into weights for the other commands.")
+def import_weights(
+    file: Annotated[Path, typer.Argument(help="Checkpoint of DAFormer, HRDA, MIC, CLUDA or SegFormer.")],
+    preset: Presets = None,
+    set_: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Weights to write.  [default: the file's name with .safetensors]")
+    ] = None,
+    network: Annotated[
+        str, typer.Option(metavar="NAME", help="student or teacher of a file of self-training.")
+    ] = "student",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the weights there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a published checkpoint into weights for eval, predict and pseudo-label.
+
+    Presets and settings say which network it is; they travel with the weights. Every tensor has to match.
+    """
+    from cluda_cli import presets
+
+    settings = presets.load(preset or [], None, set_ or [])
+
+    from cluda_cli.import_weights import import_weights
+
+    import_weights(file, settings, out=out, network=network, overwrite=overwrite, as_json=as_json)
 
 
 @app.command("presets", short_help="List the presets, or show resolved settings.")

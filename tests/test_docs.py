@@ -141,11 +141,11 @@ def test_the_worked_example_of_an_objective_is_sound():
     label = torch.zeros(2, 8, 8, dtype=torch.long)
     label[:, :4] = IGNORE
     view = View("mixed", torch.zeros(2, 3, 8, 8), label, torch.ones(2, 8, 8))
-    value = objective(Output(logits, logits, ()), view)
+    value = objective(Output(logits, logits, (), view.image), view)
     value.backward()
     assert 0 < value <= math.log(3)
     assert not logits.grad[:, :, 0].any()
     assert logits.grad[:, :, 3].any()
-    nothing = objective(Output(logits, logits, ()), replace(view, label=torch.full_like(label, IGNORE)))
+    nothing = objective(Output(logits, logits, (), view.image), replace(view, label=torch.full_like(label, IGNORE)))
     assert nothing == 0
     assert nothing.requires_grad

@@ -1,0 +1,169 @@
+"""The verb `import-weights`: a published checkpoint -> weights that the other verbs use. K classes."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cluda_cli import console
+from cluda_cli.data.datasets import PUBLISHED
+from cluda_cli.data.index import find, seen_classes
+from cluda_cli.data.labels import PROTOCOLS, ClassTable
+from cluda_cli.engine.checkpoint import save_weights
+from cluda_cli.errors import DataError, SettingsError
+from cluda_cli.files import sha256
+from cluda_cli.models import weights
+from cluda_cli.models.multires import build_segmenter
+from cluda_cli.models.published import COPIES, Published, class_count, one_network, other_settings
+from cluda_cli.settings import Data, Model, Settings
+
+# mmcv keeps the best score of a run beside the tensors, as a numpy scalar; numpy 1 and 2 call its module differently.
+# Reading such a scalar executes nothing.
+SCALAR = np.float64(0).__reduce__()[0]
+NUMPY_SCALARS = [
+    *((SCALAR, f"{module}.multiarray.scalar") for module in ("numpy.core", "numpy._core")),
+    *(np.dtype, *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64"))),
+]
+COUNTER = "num_batches_tracked"  # of batch norms; nothing reads it while their momentum is set
+# What a whole preset brings along, where a file differs by more than a number.
+HINTS = {"model.multires": "hrda", "model.deeplab": "dlv2"}
+
+
+def import_weights(
+    path: Path,
+    settings: Settings,
+    *,
+    out: Path | None = None,
+    network: str = "student",
+    overwrite: bool = False,
+    as_json: bool = False,
+) -> Path:
+    """Write the network of a published checkpoint as weights of ours, and return their path.
+
+    `settings` say what network it is and how images are prepared for it; every tensor of the file and of the network
+    has to find its counterpart. Nothing is written otherwise.
+
+    Raises SettingsError for a taken path, DataError for a file that does not fit, naming the settings that would.
+    """
+    if network not in COPIES:
+        raise SettingsError(f'"{network}" is neither {" nor ".join(COPIES)}', "--network", "leave it out for student")
+    out = _free(path, out, overwrite)
+    with torch.serialization.safe_globals(NUMPY_SCALARS):
+        tensors = weights.read(path)
+    published = one_network(tensors, network, settings.model.encoder, path)
+    classes, seen = _classes(settings.data)
+    count = class_count(published)
+    if count is not None and count != len(classes):
+        what = f"the network tells {count} classes apart, {settings.data.source} has {len(classes)}"
+        raise DataError(what, path, "set data.source to a prepared dataset with its classes, in its order")
+    model = build_segmenter(settings.model, settings.data.crop, len(classes))
+    _load(model, published, settings.model, path)
+    save_weights(out, model, settings, classes, seen, network, step=0)
+    described = {
+        "weights": str(out),
+        "origin": str(path),
+        "sha256": sha256(path),
+        "network": network,
+        "tensors": len(published.tensors),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "left_out": published.left_out,
+        "classes": list(classes.names),
+        "unseen": [name for name in classes.names if name not in seen],
+    }
+    _report(described, as_json)
+    return out
+
+
+def _free(path: Path, out: Path | None, overwrite: bool) -> Path:
+    """Where the weights go. Raises SettingsError if something is there, DataError if there is nothing to import."""
+    if not path.is_file():
+        raise DataError("no such file", path, "give the checkpoint's .pth or .safetensors")
+    chosen = out or path.with_suffix(".safetensors")
+    if chosen.exists() and chosen.samefile(path):
+        raise SettingsError("would replace the file that is imported", chosen, "name another with --out")
+    if chosen.exists() and not overwrite:
+        raise SettingsError("exists", chosen, "replace it with --overwrite, or name another with --out")
+    return chosen
+
+
+def _classes(data: Data) -> tuple[ClassTable, tuple[str, ...]]:
+    """The classes of the source, and the names of those that its labels hold; published datasets need not be here."""
+    known = {dataset.name: ClassTable(dataset.classes) for dataset in PUBLISHED}
+    if data.source in known:
+        return known[data.source], PROTOCOLS["16"] if data.source == "synthia" else known[data.source].names
+    index = find(data.source, data.root)
+    return index.classes, seen_classes(index)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """How the tensors of a file and of a network go together."""
+
+    tensors: dict[str, Tensor]
+    """By the network's names."""
+    differences: dict[str, list[str]]
+    """Kind -> a line for each tensor; counters of batch norms may be missing."""
+
+
+def _load(model: nn.Module, published: Published, section: Model, path: Path) -> None:
+    """Raises DataError that lists every tensor without counterpart and the settings that the file tells."""
+    fit, other = _compare(model.state_dict(), published.tensors), other_settings(published, section)
+    kinds = {kind: lines for kind, lines in fit.differences.items() if lines}
+    if kinds or other:
+        counts = ", ".join(f"{len(lines)} {kind}" for kind, lines in kinds.items())
+        what = f"{counts}: these tensors do not fit the network of the settings"
+        if not kinds:
+            what = "all tensors fit, but this network computes otherwise than the settings say"
+        listed = [f"{kind}:\n  " + "\n  ".join(lines) for kind, lines in kinds.items()]
+        raise DataError("\n".join([what, *listed]), path, _remedy(other))
+    model.load_state_dict(fit.tensors, strict=False)  # counters start anew where the file has none
+
+
+def _compare(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> _Fit:
+    place = {_key(name): name for name in own}
+    found = {place[_key(name)]: tensor for name, tensor in tensors.items() if _key(name) in place}
+    other = {name: tensor for name, tensor in found.items() if tensor.shape != own[name].shape}
+    return _Fit(
+        found,
+        {
+            "missing in the file": [name for name in own if name not in found and not name.endswith(COUNTER)],
+            "unknown to the network": [name for name in tensors if _key(name) not in place],
+            "of another shape": [
+                f"{name}: {list(tensor.shape)} in the file, {list(own[name].shape)} in the network"
+                for name, tensor in other.items()
+            ],
+        },
+    )
+
+
+def _key(name: str) -> str:
+    """The name, but for the ways in which timm writes that of one and the same tensor of an encoder."""
+    return weights.flat(name) if name.startswith("encoder.") else name
+
+
+def _remedy(other: Mapping[str, Any]) -> str:
+    if not other:
+        return "choose --preset and --set for this network; heads that no setting describes cannot be imported"
+    options = " ".join(
+        f"--set {path}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"
+        for path, value in other.items()
+    )
+    hints = [f"--preset {preset}" for path, preset in HINTS.items() if other.get(path)]
+    return f"add {options}" + (f", or take {' or '.join(hints)}" if hints else "")
+
+
+def _report(described: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        console.result_json(described)
+        return
+    parts = [f"{described['network']} network", f"{described['tensors']} tensors"]
+    parts += [f"{described['parameters']:,} parameters", f"{len(described['classes'])} classes"]
+    console.info(", ".join(parts))
+    for names, count in described["left_out"].items():
+        console.info(f"left out, not part of this network: {count} tensors {names}")
+    console.result(described["weights"])

@@ -4,9 +4,10 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from cluda_cli import console
 from cluda_cli.errors import SettingsError, nearest
@@ -177,8 +178,13 @@ def _on_by_default(dotted: str) -> bool:
 
 
 def _is_switch(dotted: str) -> bool:
-    """Whether null at this path can be written as `false`."""
-    return dotted not in {"data.target_margins", "data.rare_class.min_pixels", "objectives.feature_distance.classes"}
+    """Whether null at this path can be written as `false`: its field is a `settings.Optional`."""
+    *tables, last = dotted.split(".")
+    section: Any = Settings
+    for key in tables:
+        annotation = section.model_fields[key].annotation
+        section = next(kind for kind in (get_args(annotation) or (annotation,)) if kind is not NoneType)
+    return any(isinstance(detail, BeforeValidator) for detail in section.model_fields[last].metadata)
 
 
 def _explain(problem: Any) -> str:

@@ -4,10 +4,11 @@
                                 journal.jsonl   the outcome for every pair, so that an interrupted run can go on
                                 manifest.json   what the index was made from, so that a second run has nothing to do
 
-The train-id maps lie beside them, in the folder `labels`.
+The train-id maps lie beside them, in the folder `labels`, and stored training images in the folder `cache`.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,22 +28,59 @@ USUAL_TARGETS = frozenset({"cityscapes", "camvid", "acdc", "dark-zurich"})
 
 
 def prepare(
-    dataset: str, data_root: Path, *, check: bool = False, skip_bad: bool = False, workers: int | None = None
+    dataset: str,
+    data_root: Path,
+    *,
+    check: bool = False,
+    skip_bad: bool = False,
+    cache: str | None = None,
+    workers: int | None = None,
 ) -> list[Index]:
     """Index a dataset: a published one by name, "demo", or the TOML file that describes a user's own.
 
     Prints everything that is wrong with it. `check` only looks, at every pixel, and writes nothing; `skip_bad` leaves
-    out pairs that are wrong. `workers` processes share the work (default: one per CPU). A second call does nothing
-    unless a file has changed; an interrupted call is taken up where it stopped.
+    out pairs that are wrong. `cache` also stores the training images uncompressed, resized to fit a box ("760x1280",
+    height x width, or "original"). `workers` processes share the work (default: one per CPU). A second call does
+    nothing unless a file has changed; an interrupted call is taken up where it stopped.
 
-    Raises DataError if files are missing or wrong (and `skip_bad` is off), SettingsError for an unknown name or a
-    description with mistakes.
+    Raises DataError if files are missing or wrong (and `skip_bad` is off), SettingsError for an unknown name, a
+    description with mistakes or a `cache` that is no size, EnvironmentProblem if the disk has no room for the cache.
     """
+    box = _parse_box(cache) if cache is not None else None
     datasets = _find(dataset, data_root, check)
     indexes = [_prepare_one(found, data_root, check, skip_bad, workers) for found in datasets]
+    if cache is not None:
+        _make_caches(datasets, indexes, box, workers)
     if not check:
         console.result(f"next: {_next_command(dataset, indexes[0], data_root)}")
     return indexes
+
+
+def _parse_box(text: str) -> tuple[int, int] | None:
+    """Height and width written as HxW; None for "original"."""
+    if text == "original":
+        return None
+    found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text)
+    if not found:
+        remedy = "height x width of the run's data.source_box or data.target_box, as 760x1280, or original"
+        raise SettingsError(f'"{text}" is not a size', "--cache", remedy)
+    return int(found[1]), int(found[2])
+
+
+def _make_caches(
+    datasets: Sequence[Dataset], indexes: Sequence[Index], box: tuple[int, int] | None, workers: int | None
+) -> None:
+    """Store the training images of each dataset; one without any needs no cache."""
+    from cluda_cli.data.cache import write_cache
+
+    for dataset, index in zip(datasets, indexes, strict=True):
+        if index.splits.get("train"):
+            scan = scan_files(dataset, index.folder)
+            # The key is another one when a file has changed.
+            names = {pair.image: f"{pair.stem}-{key}" for key, pair in scan.keys.items()}
+            cache, items = write_cache(index, names, scan.inputs, box, workers), index.split("train")
+            size = sum(map(cache.num_bytes, items)) / 1e9
+            console.result(f"{index.name}: {len(items)} training images cached in {cache.folder} ({size:.1f} GB)")
 
 
 def _find(name: str, data_root: Path, check: bool) -> Sequence[Dataset]:

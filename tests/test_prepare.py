@@ -11,8 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from cluda_cli.cli import app
 from cluda_cli.data import conversion
+from cluda_cli.data.cache import best_cache
 from cluda_cli.data.index import Index
 from cluda_cli.errors import DataError, SettingsError
 from cluda_cli.prepare import prepare
@@ -353,7 +356,7 @@ def test_a_relative_data_root_and_the_usual_place(
 def test_processes_give_what_one_process_gives(town: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The only test that starts processes: two of them, as a wrong order or an unpicklable job would show."""
     alone = run(town)
-    monkeypatch.setattr(conversion, "JOBS_PER_WORKER", 1)
+    monkeypatch.setattr(conversion, "TASKS_PER_WORKER", 1)
     (index,) = prepare(str(town), town.parent / "other", workers=2)
     assert index.splits == alone.splits
     assert [os.path.basename(path) for path in sorted(state(index.folder / "labels"))] == ["a.png", "b.png", "c.png"]
@@ -361,7 +364,7 @@ def test_processes_give_what_one_process_gives(town: Path, monkeypatch: pytest.M
 
 def test_one_worker_starts_no_process(town: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversion, "ProcessPoolExecutor", None)
-    monkeypatch.setattr(conversion, "JOBS_PER_WORKER", 1)
+    monkeypatch.setattr(conversion, "TASKS_PER_WORKER", 1)
     assert run(town).splits
 
 
@@ -381,3 +384,41 @@ def test_another_dataset_of_the_same_name_is_kept(tmp_path: Path) -> None:
     with pytest.raises(DataError, match='"city" is prepared from'):
         prepare(str(tmp_path / "other.toml"), tmp_path / "data", workers=1)
     assert Index.load(first.folder) == first
+
+
+def test_cache_follows_the_files(town: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    index = run(town, cache="1x2")
+    folder = index.folder / "cache" / "1x2"
+    assert f"3 training images cached in {folder}" in capsys.readouterr().out
+    before = state(folder)
+    assert len(before) == 3 * 2 + 1
+    assert best_cache(index, (1, 2)).box == (1, 2)
+    run(town, cache="1x2")
+    assert {name: time for name, time in state(folder).items() if not name.endswith("json")} == {
+        name: time for name, time in before.items() if not name.endswith("json")
+    }
+    image(town.parent / "raw/train/b.png")
+    os.utime(town.parent / "raw/train/b.png", (1, 1))
+    index = run(town)
+    capsys.readouterr()
+    assert best_cache(index, (1, 2)) is None
+    assert "out of date" in capsys.readouterr().err
+    run(town, cache="1x2")
+    assert best_cache(index, (1, 2)) and len(state(folder)) == len(before)
+    assert run(town, cache="original").folder == index.folder
+    assert (index.folder / "cache" / "original" / "cache.json").is_file()
+
+
+@pytest.mark.parametrize("size", ["", "big", "0x4", "4x", "4X5", "4x5x6", "-4x5"])
+def test_cache_of_no_size_is_refused_before_anything_is_done(town: Path, size: str) -> None:
+    with pytest.raises(SettingsError, match="--cache.*760x1280"):
+        run(town, cache=size)
+    assert not (town.parent / "data").exists()
+
+
+def test_cache_on_the_command_line(town: Path) -> None:
+    arguments = ["prepare", str(town), "--data-root", str(town.parent / "data"), "--workers", "1", "--cache", "1x2"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert (town.parent / "data/prepared/town/cache/1x2/cache.json").is_file()
+    result = CliRunner().invoke(app, [*arguments, "--check"])
+    assert result.exit_code == 2 and "--check and --cache exclude each other" in result.stderr

@@ -8,12 +8,13 @@ import hashlib
 import json
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 
@@ -25,8 +26,10 @@ from cluda_cli.data.problems import BadFile, Kind, Problem
 from cluda_cli.errors import DataError, EnvironmentProblem
 from cluda_cli.files import atomic, write_text
 
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 VERSION = 1  # raise it when the outcome for equal files changes
-JOBS_PER_WORKER = 16  # a process takes about a second to start, which fewer labels do not repay
+TASKS_PER_WORKER = 16  # a process takes about a second to start, which fewer files do not repay
 
 
 @dataclass(frozen=True)
@@ -156,18 +159,23 @@ def convert(job: Job) -> Outcome:
 
 
 def convert_all(jobs: Sequence[Job], workers: int | None) -> Iterator[Outcome]:
-    """Outcomes in the order of the jobs, from so many processes as pay off; one worker means this process.
+    """Outcomes in the order of the jobs."""
+    return run_all(convert, jobs, workers)
+
+
+def run_all(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int | None) -> Iterator[Result]:
+    """Results in the order of the tasks, from so many processes as pay off; one worker means this process.
 
     Raises EnvironmentProblem if a worker is killed, usually for want of memory.
     """
-    count = min(workers or os.cpu_count() or 1, -(-len(jobs) // JOBS_PER_WORKER))
+    count = min(workers or os.cpu_count() or 1, -(-len(tasks) // TASKS_PER_WORKER))
     if count <= 1:
-        yield from map(convert, jobs)
+        yield from map(function, tasks)
         return
     # Spawned rather than forked: the parent may hold threads, and every platform then behaves alike.
     pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_ignore_interrupt)
     try:
-        yield from pool.map(convert, jobs, chunksize=4)
+        yield from pool.map(function, tasks, chunksize=4)
     except BrokenProcessPool as error:
         raise EnvironmentProblem(
             "a worker process was killed, probably for want of memory", "prepare",

@@ -86,25 +86,58 @@ def random_crop(rng: Generator, image: tuple[int, int], size: tuple[int, int]) -
     return Crop(int(top), int(left), height, width)
 
 
-def diverse_crop(rng: Generator, label: Tensor, size: tuple[int, int], max_share: float) -> tuple[Crop, Tensor]:
-    """A crop in which no class covers `max_share` of the labelled pixels or more, and its pixels per train id.
+def diverse_crop(rng: Generator, label: Tensor, size: tuple[int, int], max_share: float) -> Crop:
+    """A crop in which no class covers `max_share` of the labelled pixels or more.
 
     `label` is uint8 h w. Some labelled pixel is required; after ten rejections any crop will do.
     """
-    for _ in range(REDRAWS + 1):
-        crop = random_crop(rng, (label.shape[0], label.shape[1]), size)
-        counts = torch.bincount(crop.of(label).flatten(), minlength=256)[:IGNORE]
-        if counts.max() < max_share * counts.sum():
-            break
-    return crop, counts
+    return _diverse_crop(rng, label, size, max_share, _common_first(label))
 
 
 def rare_crop(
     rng: Generator, label: Tensor, size: tuple[int, int], max_share: float, train_id: int, min_pixels: float
 ) -> Crop:
     """A diverse crop with more than `min_pixels` pixels of one class; after ten rejections any diverse crop will do."""
+    train_ids = _common_first(label)
     for _ in range(REDRAWS + 1):
-        crop, counts = diverse_crop(rng, label, size, max_share)
-        if counts[train_id] > min_pixels:
+        crop = _diverse_crop(rng, label, size, max_share, train_ids)
+        if np.count_nonzero(crop.of(label).numpy() == train_id) > min_pixels:
             break
     return crop
+
+
+def _diverse_crop(
+    rng: Generator, label: Tensor, size: tuple[int, int], max_share: float, train_ids: Sequence[int]
+) -> Crop:
+    for _ in range(REDRAWS + 1):
+        crop = random_crop(rng, (label.shape[0], label.shape[1]), size)
+        if _is_diverse(crop.of(label).numpy(), max_share, train_ids):
+            break
+    return crop
+
+
+def _is_diverse(window: NDArray[np.uint8], max_share: float, train_ids: Sequence[int]) -> bool:
+    """Whether every class covers less than `max_share` of the labelled pixels of h w, of which there must be some.
+
+    Exact, and much cheaper than a histogram: classes are counted one by one, common ones first, until too few pixels
+    are left for any other class to be too many.
+    """
+    left = window.size - np.count_nonzero(window == IGNORE)
+    limit = np.float32(max_share) * np.float32(left)  # float32, so that ties are decided as by tensors
+    if not left:
+        return False
+    for train_id in train_ids:
+        if left < limit:
+            break
+        count = np.count_nonzero(window == train_id)
+        if count >= limit:
+            return False
+        left -= count
+    return True
+
+
+def _common_first(label: Tensor) -> list[int]:
+    """All train ids, by their frequency in a coarse grid of h w."""
+    counts = torch.bincount(label[::8, ::8].flatten(), minlength=IGNORE + 1)[:IGNORE]
+    order: list[int] = counts.argsort(descending=True, stable=True).tolist()
+    return order

@@ -20,14 +20,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cluda_cli import settings
+from cluda_cli.data.cache import SPLIT
+from cluda_cli.data.frames import Frames
 from cluda_cli.data.index import Index
 from cluda_cli.data.labels import IGNORE
 from cluda_cli.data.sampling import RareClasses, diverse_crop, random_crop, rare_crop
-from cluda_cli.data.transforms import fit_box, read_image, read_label, resize_label_region, resize_region
+from cluda_cli.data.transforms import resize_label_region
 from cluda_cli.errors import CludaError, DataError, EnvironmentProblem, SettingsError
 from cluda_cli.seeds import derive_seed
-
-SPLIT = "train"
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,25 @@ class Batch:
 
 
 def batches(
-    source: Index, target: Index, data: settings.Data, seed: int, start: int, stop: int, pin_memory: bool = False
+    source: Index,
+    target: Index,
+    data: settings.Data,
+    seed: int,
+    start: int,
+    stop: int,
+    pin_memory: bool = False,
+    positions: range | None = None,
 ) -> Generator[Batch, None, None]:
     """The batches of steps start, ..., stop - 1, made by `data.workers` processes; with 0 workers, the same batches.
 
     Close it (contextlib.closing) to end the processes when not all batches are wanted.
 
-    `pin_memory` speeds up copies to a CUDA device and needs one.
+    `pin_memory` speeds up copies to a CUDA device and needs one. `positions` are the images wanted of each batch;
+    unset: all of them.
     Raises DataError at once if the source has no labels or a domain no training images, SettingsError if the margins
     leave nothing of a target image; while iterating, DataError that names an unreadable file.
     """
-    steps = Steps(source, target, data, seed)
+    steps = Steps(source, target, data, seed, positions)
     workers = min(data.workers, max(stop - start, 0))
     with warnings.catch_warnings():
         warnings.filterwarnings(
@@ -84,8 +92,11 @@ def batches(
 class Steps(Dataset["Batch | CludaError"]):
     """The batches by step number."""
 
-    def __init__(self, source: Index, target: Index, data: settings.Data, seed: int) -> None:
+    def __init__(
+        self, source: Index, target: Index, data: settings.Data, seed: int, positions: range | None = None
+    ) -> None:
         self.source, self.target, self.data, self.seed = source, target, data, seed
+        self.positions = range(data.batch_size) if positions is None else positions
         self.source_items = source.labelled(SPLIT)
         if not self.source_items:
             source.split(SPLIT)
@@ -104,6 +115,8 @@ class Steps(Dataset["Batch | CludaError"]):
                     "data.target_margins",
                     "top, bottom, left and right in pixels of the original frame",
                 )
+        self.source_frames = Frames(source, data.source_box)
+        self.target_frames = Frames(target, data.target_box)
 
     def __getitem__(self, step: int) -> "Batch | CludaError":
         """One batch. An error is returned, not raised: a loader process would wrap it in its traceback."""
@@ -111,7 +124,7 @@ class Steps(Dataset["Batch | CludaError"]):
             samples = [
                 self.source_sample(np.random.default_rng(derive_seed(self.seed, "source", step, i)))
                 + self.target_sample(np.random.default_rng(derive_seed(self.seed, "target", step, i)))
-                for i in range(self.data.batch_size)
+                for i in self.positions
             ]
         except CludaError as error:
             return error
@@ -120,45 +133,33 @@ class Steps(Dataset["Batch | CludaError"]):
     def source_sample(self, rng: random.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Image, label and inside of one crop.
 
-        The crop is chosen on the label, so that the image, which takes longest to decode, is decoded once and only
-        the crop of it is resized. The law is that of repeating the whole pipeline until the crop is accepted.
+        The crop is chosen on the label, so that of the image, which takes longest to decode, only the crop is read or
+        resized, and once. The law is that of repeating the whole pipeline until the crop is accepted.
         """
         if self.rare:
             train_id, position = self.rare.draw(rng)
         else:
             position = int(rng.integers(len(self.source_items)))
         item, data = self.source_items[position], self.data
-        label = read_label(self.source.label_path(item))
-        original, size = label.shape, fit_box((label.shape[0], label.shape[1]), data.source_box)
-        label = resize_label_region(label, size, 0, 0, *size)  # h w
+        label = self.source_frames.label(item)  # h w
         if self.rare:
             crop = rare_crop(rng, label, data.crop, data.max_class_share, train_id, self.rare.crop_pixels)
         else:
-            crop, _ = diverse_crop(rng, label, data.crop, data.max_class_share)
-        image = read_image(self.source.image_path(item))
-        if image.shape[1:] != original:
-            raise DataError(
-                f"the image is {image.shape[1]} x {image.shape[2]}, its label {original[0]} x {original[1]}",
-                self.source.image_path(item),
-                "run `cluda prepare` again",
-            )
-        image = resize_region(image, size, crop.top, crop.left, crop.height, crop.width)
-        image, label = _flip(rng, image, crop.of(label))
+            crop = diverse_crop(rng, label, data.crop, data.max_class_share)
+        image, label = _flip(rng, self.source_frames.image(item, crop), crop.of(label))
         inside = torch.ones_like(label, dtype=torch.bool)
         return _pad(image, data.crop, 0), _pad(label, data.crop, IGNORE), _pad(inside, data.crop, 0)
 
     def target_sample(self, rng: random.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Image, inside and valid of one crop."""
         item, data = self.target_items[rng.integers(len(self.target_items))], self.data
-        image = read_image(self.target.image_path(item))
-        height, width = image.shape[1:]
-        size = fit_box((height, width), data.target_box)
+        size = self.target_frames.size(item)
         crop = random_crop(rng, size, data.crop)
-        region = (crop.top, crop.left, crop.height, crop.width)
-        top, bottom, left, right = self.margins
+        (height, width), (top, bottom, left, right) = item.size, self.margins
         valid = torch.zeros(height, width, dtype=torch.bool)
         valid[top : height - bottom, left : width - right] = True
-        image, valid = _flip(rng, resize_region(image, size, *region), resize_label_region(valid, size, *region))
+        valid = resize_label_region(valid, size, crop.top, crop.left, crop.height, crop.width)
+        image, valid = _flip(rng, self.target_frames.image(item, crop), valid)
         inside = torch.ones_like(valid)
         return _pad(image, data.crop, 0), _pad(inside, data.crop, 0), _pad(valid, data.crop, 0)
 
@@ -169,7 +170,9 @@ def _flip(rng: random.Generator, image: Tensor, label: Tensor) -> tuple[Tensor, 
 
 
 def _pad(region: Tensor, size: tuple[int, int], value: int) -> Tensor:
-    """... h w at the top left of ... H W."""
+    """... h w at the top left of ... H W; as it is where it has that size."""
+    if region.shape[-2:] == size:
+        return region
     padded = region.new_full((*region.shape[:-2], *size), value)
     padded[..., : region.shape[-2], : region.shape[-1]] = region
     return padded

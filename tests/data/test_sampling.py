@@ -68,13 +68,15 @@ def test_redraws_match_the_reference(golden, monkeypatch):
 
         def crop_with(*_, pixels=pixels, drawn=drawn):
             drawn.append(pixels[min(len(drawn), len(pixels) - 1)])
-            return Crop(len(drawn), 0, 1, 1), torch.tensor([drawn[-1]])
+            return Crop(len(drawn), 0, 1, drawn[-1])
 
-        monkeypatch.setattr(sampling, "diverse_crop", crop_with)
+        monkeypatch.setattr(sampling, "random_crop", crop_with)
+        monkeypatch.setattr(sampling, "_is_diverse", lambda *_: True)
+        label = torch.zeros(12, max(pixels), dtype=torch.uint8)
         share = case["min_pixels"] * case["min_crop_ratio"] / (CROP[0] * CROP[1])
         section = RareClass(min_pixels=case["min_pixels"], min_crop_share=share)
         rare = RareClasses([Item("a", "a", (1, 1), {0: 9999})], CLASSES, section, CROP)
-        crop = rare_crop(np.random.default_rng(0), torch.zeros(1, 1), CROP, 0.75, 0, rare.crop_pixels)
+        crop = rare_crop(np.random.default_rng(0), label, CROP, 0.75, 0, rare.crop_pixels)
         assert len(drawn) == case["crops_drawn"]
         assert crop.top == len(drawn)  # the last one drawn is kept
 
@@ -147,6 +149,38 @@ def test_crops_have_the_law_of_repeating_the_whole_pipeline():
         frequent = law * draws >= 5
         pooled = [np.append(x[frequent], x[~frequent].sum()) for x in (observed, law * draws)]
         assert abs(chi_square_z(*pooled)) < 4
+
+
+def rare_crop_by_histograms(rng, label, size, max_share, train_id, min_pixels) -> Crop:
+    """The definition: each crop is judged by the histogram of its label."""
+    for _ in range(11):
+        for _ in range(11):
+            crop = random_crop(rng, label.shape, size)
+            counts = torch.bincount(crop.of(label).flatten(), minlength=256)[:IGNORE]
+            if counts.max() < max_share * counts.sum():
+                break
+        if counts[train_id] > min_pixels:
+            break
+    return crop
+
+
+@pytest.mark.parametrize("max_share", [0.3, 0.75, 1.0])
+def test_equal_draws_give_the_crops_that_histograms_would(max_share):
+    generator, redrawn = torch.Generator().manual_seed(0), 0
+    for seed in range(60):
+        # Blocks of few or many classes, from coarser to finer than the grid on which common classes are found.
+        block, num_classes = 1 + seed % 13, 1 + seed % 7
+        coarse = torch.randint(0, num_classes, (80 // block, 90 // block), generator=generator, dtype=torch.uint8)
+        coarse[torch.rand(coarse.shape, generator=generator) < 0.3] = IGNORE
+        label = coarse.repeat_interleave(block, 0).repeat_interleave(block, 1)
+        for train_id, min_pixels in [(0, -1), (0, 40), (min(num_classes, 3) - 1, 60)]:
+            arguments = (label, (20, 22), max_share, train_id, min_pixels)
+            ours, theirs = np.random.default_rng(seed), np.random.default_rng(seed)
+            assert rare_crop(ours, *arguments) == rare_crop_by_histograms(theirs, *arguments)
+            assert ours.bit_generator.state == theirs.bit_generator.state
+            first = random_crop(np.random.default_rng(seed), label.shape, (20, 22))
+            redrawn += rare_crop(np.random.default_rng(seed), *arguments) != first
+    assert redrawn > 20
 
 
 def test_one_class_or_nothing_labelled_is_not_diverse(monkeypatch):

@@ -9,14 +9,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cluda_cli import console, settings
+from cluda_cli import console, parallel, settings
 from cluda_cli.data.index import Index, Item, find
 from cluda_cli.data.labels import IGNORE, ClassTable
 from cluda_cli.data.transforms import read_image, read_label
 from cluda_cli.engine.checkpoint import load_weights
 from cluda_cli.engine.device import pick_device
-from cluda_cli.engine.inference import overlapped, predict_labels
+from cluda_cli.engine.inference import Frame, evaluating, segment
 from cluda_cli.engine.metrics import Confusion, Scores, percent
+from cluda_cli.engine.overlap import overlapped, pinned, sent
 from cluda_cli.errors import DataError
 from cluda_cli.files import write_json
 from cluda_cli.models.segmenter import Segmenter
@@ -89,23 +90,29 @@ def score(
 
     `seen` names the classes that the source had; the network lies on `device`. Raises DataError if the split has no
     labels, or naming the file if a label does not fit its image or holds an id that the dataset does not have.
+
+    Of several processes each takes its share of the images; all get the scores of all of them.
     """
     items = index.labelled(split)
     if not items:
         without = len(index.split(split))
         raise DataError(f'the {without} images of split "{split}" have no labels', index.folder, "take another --split")
     confusion = Confusion(len(classes), device=device)
-    read = partial(_read_pair, index, np.array(index.classes.remap_to(classes), dtype=np.uint8))
-    with console.Progress(f"evaluating {index.name} {split}", len(items)) as progress:
-        for image, label in overlapped(read, items):
-            prediction, _ = predict_labels(network, image, box, evaluation)
-            confusion.update(prediction, label.to(device))
+    read = partial(_read_pair, index, np.array(index.classes.remap_to(classes), dtype=np.uint8), box, device)
+    share = items[parallel.rank() :: parallel.world_size()]
+    progress = console.Progress(f"evaluating {index.name} {split}", len(share))
+    with parallel.together(), progress, evaluating(network):
+        for label, prediction, _ in segment(network, overlapped(read, share), evaluation):
+            confusion.update(prediction, sent(label, device))  # nothing waits for a GPU until all are counted
             progress.advance()
+    confusion.counts = parallel.total(confusion.counts)
     return Scores(classes, tuple(seen), index.classes.names, confusion, len(items))
 
 
-def _read_pair(index: Index, table: NDArray[np.uint8], item: Item) -> tuple[Tensor, Tensor]:
-    """Image and label in the network's train ids, by `table` of 256.  # uint8 3 H W, uint8 H W
+def _read_pair(
+    index: Index, table: NDArray[np.uint8], box: tuple[int, int] | None, device: torch.device, item: Item
+) -> tuple[Frame, Tensor]:
+    """Image, and label in the network's train ids, by `table` of 256; both where `device` copies them fast.
 
     In numpy, because torch would start threads of its own in each reading thread.
     """
@@ -119,7 +126,7 @@ def _read_pair(index: Index, table: NDArray[np.uint8], item: Item) -> tuple[Tens
     if unknown:
         what = f"label holds {', '.join(unknown)}; train ids are 0..{len(index.classes) - 1} and {IGNORE}"
         raise DataError(what, path, "run `cluda prepare` again")
-    return image, torch.from_numpy(table[label.numpy()])
+    return Frame.of(image, box, device), pinned(torch.from_numpy(table[label.numpy()]), device)
 
 
 def announce_classes(labelled: ClassTable, predicted: ClassTable) -> None:

@@ -1,7 +1,7 @@
 """The verb `predict`: checkpoint + images of any size -> masks, colours, overlays. H W pixels of one image."""
 
 import glob
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from cluda_cli import console
@@ -17,7 +16,8 @@ from cluda_cli.data.labels import ClassTable
 from cluda_cli.data.transforms import read_image
 from cluda_cli.engine.checkpoint import Deployed, load_weights
 from cluda_cli.engine.device import pick_device
-from cluda_cli.engine.inference import overlapped, predict_labels, write_png
+from cluda_cli.engine.inference import Frame, segment
+from cluda_cli.engine.overlap import Fetched, overlapped, write_png
 from cluda_cli.errors import DataError, SettingsError
 
 OUTPUTS = ("train-id", "label-id", "color", "overlay", "confidence")
@@ -36,12 +36,12 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Prediction:
-    """All that the outputs of one image are made of."""
+    """All that the outputs of one image are made of; what none of them needs is left out."""
 
     job: _Job
-    image: NDArray[np.uint8]  # H W 3
-    label: NDArray[np.uint8]  # H W
-    confidence: NDArray[np.uint8]  # H W, 255 = certain
+    image: Tensor | None  # uint8 3 H W
+    label: Fetched  # uint8 H W
+    confidence: Fetched | None  # uint8 H W, 255 = certain
 
 
 def predict(
@@ -73,14 +73,16 @@ def predict(
     done: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     with console.Progress("predicting", len(jobs)) as progress:
-        written = overlapped(partial(_write, deployed.classes), _predictions(deployed, jobs))
-        for job, problem in zip(jobs, written, strict=True):
-            if problem:
-                console.warn(str(problem))
-                failed.append({"input": str(job.source), "error": problem.what})
-            else:
-                files = {output: str(path) for output, path in job.targets.items()}
-                done.append({"input": str(job.source), "outputs": files})
+
+        def skip(job: _Job, problem: DataError) -> None:
+            console.warn(str(problem))
+            failed.append({"input": str(job.source), "error": problem.what})
+            progress.advance()
+
+        predictions = _predictions(deployed, jobs, outputs, skip)
+        for job in overlapped(partial(_write, deployed.classes), predictions):
+            files = {output: str(path) for output, path in job.targets.items()}
+            done.append({"input": str(job.source), "outputs": files})
             progress.advance()
     if as_json:
         console.result_json({"checkpoint": str(checkpoint), "images": done, "failed": failed})
@@ -168,44 +170,54 @@ def _check_label_ids(classes: ClassTable, outputs: Sequence[str]) -> None:
             raise SettingsError(f"no 8-bit label id for {', '.join(unfit)}", "--output label-id", "take train-id")
 
 
-def _predictions(deployed: Deployed, jobs: Sequence[_Job]) -> Iterator[_Prediction | DataError]:
-    """Images are decoded ahead of the network. An image that cannot be read gives its error."""
+def _predictions(
+    deployed: Deployed, jobs: Sequence[_Job], outputs: Sequence[str], skip: Callable[[_Job, DataError], None]
+) -> Iterator[_Prediction]:
+    """Images are decoded ahead of the network; those that cannot be read are handed to `skip`."""
     settings = deployed.settings
-    for job, image in zip(jobs, overlapped(_read, [job.source for job in jobs]), strict=True):
-        if isinstance(image, DataError):
-            yield image
-            continue
-        label, confidence = predict_labels(deployed.network, image, settings.data.target_box, settings.evaluation)
-        level = (confidence * 255).round().to(torch.uint8)
-        yield _Prediction(job, image.permute(1, 2, 0).numpy(), label.cpu().numpy(), level.cpu().numpy())
+    device = next(deployed.network.parameters()).device
+
+    def read(job: _Job) -> tuple[Frame, Tensor | None] | DataError:
+        try:
+            image = read_image(job.source)
+        except DataError as problem:
+            return problem
+        return Frame.of(image, settings.data.target_box, device), image if "overlay" in outputs else None
+
+    def frames() -> Iterator[tuple[Frame, tuple[_Job, Tensor | None]]]:
+        for job, found in zip(jobs, overlapped(read, jobs), strict=True):
+            if isinstance(found, DataError):
+                skip(job, found)
+            else:
+                yield found[0], (job, found[1])
+
+    wanted = "confidence" in outputs
+    for (job, image), label, confidence in segment(deployed.network, frames(), settings.evaluation, confidence=wanted):
+        level = None if confidence is None else Fetched((confidence * 255).round().to(torch.uint8))
+        yield _Prediction(job, image, Fetched(label), level)
 
 
-def _read(path: Path) -> Tensor | DataError:
-    try:
-        return read_image(path)
-    except DataError as error:
-        return error
-
-
-def _write(classes: ClassTable, prediction: _Prediction | DataError) -> DataError | None:
-    """Write the outputs of one image; hand an error through.
+def _write(classes: ClassTable, prediction: _Prediction) -> _Job:
+    """Write the outputs of one image.
 
     In numpy, because torch would start threads of its own in each writing thread.
     """
-    if isinstance(prediction, DataError):
-        return prediction
     colors = np.array(classes.palette(), dtype=np.uint8).reshape(256, 3)
+    label = prediction.label.numpy()
     for output, path in prediction.job.targets.items():
         if output == "train-id":
-            pixels = prediction.label
+            pixels = label
         elif output == "label-id":
-            pixels = np.array([c.label_id for c in classes.classes], dtype=np.uint8)[prediction.label]
+            pixels = np.array([c.label_id for c in classes.classes], dtype=np.uint8)[label]
         elif output == "confidence":
-            pixels = prediction.confidence
+            assert prediction.confidence is not None
+            pixels = prediction.confidence.numpy()
+        elif output == "color":
+            pixels = colors.take(label, axis=0)  # H W 3
         else:
-            pixels = colors[prediction.label]  # H W 3
-            if output == "overlay":
-                blend = OVERLAY * pixels.astype(np.float32) + (1 - OVERLAY) * prediction.image
-                pixels = blend.round().astype(np.uint8)
+            assert prediction.image is not None
+            blend = (OVERLAY * colors.astype(np.float32)).take(label, axis=0)  # H W 3
+            blend += (1 - OVERLAY) * prediction.image.permute(1, 2, 0).numpy()
+            pixels = blend.round(out=blend).astype(np.uint8)
         write_png(path, pixels)
-    return None
+    return prediction.job

@@ -25,7 +25,9 @@ from cluda_cli.data.labels import IGNORE
 from cluda_cli.data.transforms import read_image, read_label
 from cluda_cli.engine.checkpoint import Deployed, load_weights
 from cluda_cli.engine.device import pick_device
-from cluda_cli.engine.inference import overlapped, predict_labels, write_png
+from cluda_cli.engine.inference import Frame, segment
+from cluda_cli.engine.metrics import histogram
+from cluda_cli.engine.overlap import Fetched, overlapped, write_png
 from cluda_cli.errors import SettingsError
 from cluda_cli.files import sha256, write_json
 from cluda_cli.predict import unique_names
@@ -108,48 +110,54 @@ def median_thresholds(histogram: Tensor) -> list[float | None]:
 
 @dataclass(frozen=True)
 class _Prediction:
-    """One labelled image, on the CPU."""
+    """One labelled image, on its way to main memory."""
 
     item: Item
-    label: Pixels  # H W, 255 below the threshold and in the margins
-    level: Pixels  # H W, confidence
-    histogram: Tensor  # int64 K 256, pixels of each predicted class and level outside the margins
+    label: Fetched  # uint8 H W, 255 below the threshold and in the margins
+    level: Fetched  # uint8 H W, confidence
 
 
 def _label(deployed: Deployed, index: Index, split: str, out: Path, threshold: float) -> tuple[list[Item], Tensor]:
-    """Write label and confidence of every image of the split; items, and the histogram over all.  # K 256"""
-    items, total = [], torch.zeros(len(deployed.classes), 256, dtype=torch.int64)
+    """Write label and confidence of every image of the split; items, and the histogram over all.  # K 256
+
+    The histogram counts the pixels of each predicted class and level of confidence outside the margins.
+    """
+    items, device = [], next(deployed.network.parameters()).device
+    total = torch.zeros(len(deployed.classes), 256, dtype=torch.int64, device=device)
     with console.Progress(f"labelling {index.name} {split}", len(index.split(split))) as progress:
-        for item, histogram in overlapped(partial(_write, out), _predictions(deployed, index, split, threshold)):
+        for item in overlapped(partial(_write, out), _predictions(deployed, index, split, threshold, total)):
             items.append(item)
-            total += histogram
             progress.advance()
-    return items, total
+    return items, total.cpu()
 
 
-def _predictions(deployed: Deployed, index: Index, split: str, threshold: float) -> Iterator[_Prediction]:
-    """Images are decoded ahead of the network."""
+def _predictions(
+    deployed: Deployed, index: Index, split: str, threshold: float, total: Tensor
+) -> Iterator[_Prediction]:
+    """Images are decoded ahead of the network. Adds to the histogram `total`."""
     items, settings = index.split(split), deployed.settings
-    images = overlapped(read_image, [index.image_path(item) for item in items])
     names = unique_names(Path(item.image).stem for item in items)
     top, bottom, left, right = index.margins
-    for item, name, image in zip(items, names, images, strict=True):
-        label, confidence = predict_labels(deployed.network, image, settings.data.target_box, settings.evaluation)
+
+    def read(named: tuple[Item, str]) -> tuple[Frame, tuple[Item, str]]:
+        return Frame.of(read_image(index.image_path(named[0])), settings.data.target_box, total.device), named
+
+    frames = overlapped(read, zip(items, names, strict=True))
+    for (item, name), label, confidence in segment(deployed.network, frames, settings.evaluation, confidence=True):
+        assert confidence is not None
         level = (confidence * 255).round().to(torch.uint8)
         height, width = label.shape
         inner = (slice(top, max(height - bottom, 0)), slice(left, max(width - right, 0)))
-        pair = label[inner].long() * 256 + level[inner]
-        histogram = pair.flatten().bincount(minlength=len(deployed.classes) * 256).view(-1, 256)
+        total += histogram(label[inner].int() * 256 + level[inner], total.numel()).view_as(total)
         kept = torch.full_like(label, IGNORE)
         kept[inner] = torch.where(confidence >= threshold, label, kept)[inner]
-        named = Item(item.image, f"labels/train/{name}.png", (height, width))
-        yield _Prediction(named, kept.cpu().numpy(), level.cpu().numpy(), histogram.cpu())
+        labelled = Item(item.image, f"labels/train/{name}.png", (height, width))
+        yield _Prediction(labelled, Fetched(kept), Fetched(level))
 
 
-def _write(out: Path, prediction: _Prediction) -> tuple[Item, Tensor]:
-    item = prediction.item
-    write_png(_confidence_path(out, item), prediction.level)
-    return _write_label(out, item, prediction.label), prediction.histogram
+def _write(out: Path, prediction: _Prediction) -> Item:
+    write_png(_confidence_path(out, prediction.item), prediction.level.numpy())
+    return _write_label(out, prediction.item, prediction.label.numpy())
 
 
 def _write_label(out: Path, item: Item, label: Pixels) -> Item:

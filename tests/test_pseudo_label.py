@@ -16,7 +16,7 @@ from cluda_cli.data.index import Index, Item, find
 from cluda_cli.data.labels import CITYSCAPES, IGNORE, ClassTable
 from cluda_cli.data.transforms import read_image
 from cluda_cli.engine.checkpoint import save_weights
-from cluda_cli.engine.inference import predict_labels
+from cluda_cli.engine.inference import image_logits
 from cluda_cli.errors import DataError, SettingsError
 from cluda_cli.models.segmenter import Segmenter
 from cluda_cli.pseudo_label import median_thresholds, pseudo_label
@@ -70,11 +70,9 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def truth(data: Index) -> list[tuple[np.ndarray, np.ndarray]]:
     """Labels and confidences of all images, by the network itself."""
-    network = make_network()
-    pairs = [
-        predict_labels(network, read_image(data.image_path(i)), (32, 64), Evaluation()) for i in data.split("train")
-    ]
-    return [(label.numpy(), confidence.numpy()) for label, confidence in pairs]
+    images = [read_image(data.image_path(item)) for item in data.split("train")]
+    logits = [image_logits(make_network(), image, (32, 64), Evaluation()) for image in images]
+    return [(best.argmax(0).numpy(), (best.amax(0) - best.logsumexp(0)).exp().numpy()) for best in logits]
 
 
 def opened(path: Path) -> np.ndarray:

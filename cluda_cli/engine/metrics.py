@@ -10,6 +10,18 @@ from torch import Tensor
 from cluda_cli.data.labels import IGNORE, PROTOCOLS, ClassTable
 
 
+def histogram(values: Tensor, bins: int) -> Tensor:
+    """How often each of 0..bins-1 occurs among integers of any shape.  # int64 bins
+
+    `bincount`, which on a GPU would read the largest value back and so wait.
+    """
+    values = values.flatten()
+    if values.device.type == "cpu":
+        return values.bincount(minlength=bins)
+    ones = torch.ones(1, dtype=torch.int64, device=values.device).expand(len(values))
+    return torch.zeros(bins, dtype=torch.int64, device=values.device).scatter_add_(0, values.long(), ones)
+
+
 class Confusion:
     """Exact pixel counts, rows = label, columns = prediction.
 
@@ -25,12 +37,12 @@ class Confusion:
         """Count the pixels of one or more images; pixels labelled 255 are left out.
 
         Train ids of equal shape and any integer type: labels below the number of rows, or 255, predictions below
-        the number of columns. The caller checks them, because on a GPU a check here would wait for the device.
+        the number of columns. The caller checks them, because on a GPU a check here would wait for the device, which
+        nothing here does.
         """
         rows, columns = self.counts.shape
-        valid = label != IGNORE
-        pair = label[valid].long() * columns + prediction[valid].long()
-        self.counts += torch.bincount(pair, minlength=rows * columns).view(rows, columns)
+        pair = label.int() * columns + prediction  # also where ignored: cheaper than to select the others
+        self.counts += histogram(pair, (IGNORE + 1) * columns).view(-1, columns)[:rows]
 
     @property
     def iou(self) -> Tensor:

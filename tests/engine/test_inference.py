@@ -1,22 +1,18 @@
 """Inference on whole images: sizes, windows, padding, memory. K classes, H W pixels."""
 
-import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cluda_cli import settings
 from cluda_cli.data.transforms import fit_box, normalise, resize_image
 from cluda_cli.engine import inference
-from cluda_cli.engine.inference import image_logits, overlapped, predict_labels, write_png
+from cluda_cli.engine.inference import Frame, Limits, evaluating, image_logits, predict_labels, segment
+from cluda_cli.engine.overlap import Fetched
 from cluda_cli.models.boxes import window_starts
 from cluda_cli.models.multires import MultiResolution
 from cluda_cli.models.segmenter import Output
@@ -50,8 +46,12 @@ def network() -> Tiny:
     return Tiny().eval()
 
 
-def noise(height: int, width: int) -> Tensor:
-    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+def noise(height: int, width: int, seed: int = 1) -> Tensor:
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def framed(image: Tensor, box: tuple[int, int] | None) -> Frame:
+    return Frame.of(image, box, torch.device("cpu"))
 
 
 def slide(window: tuple[int, int], stride: tuple[int, int]) -> Evaluation:
@@ -132,16 +132,17 @@ def test_overlapping_windows_are_averaged(network: Tiny, size: tuple[int, int], 
     torch.testing.assert_close(found, total / cover, rtol=0, atol=2e-5)
 
 
-def test_number_of_windows_at_once_does_not_matter(network: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    batches: list[int] = []
-    network.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
-    found = []
-    for at_once in (1, 4, 100):
-        monkeypatch.setattr(inference, "WINDOWS_AT_ONCE", at_once)
-        found.append(image_logits(network, noise(45, 61), None, slide((24, 32), (16, 24))))
-    assert batches == [1] * 9 + [4, 4, 1] + [9]
-    torch.testing.assert_close(found[1], found[0])
-    torch.testing.assert_close(found[2], found[0])
+@pytest.mark.parametrize(("pixels", "batches"), [(1, [1] * 9), (24 * 32 * 4, [4, 4, 1]), (2**20, [9])])
+def test_number_of_windows_at_once_does_not_matter(
+    network: Tiny, monkeypatch: pytest.MonkeyPatch, pixels: int, batches: list[int]
+) -> None:
+    image, evaluation = noise(45, 61), slide((24, 32), (16, 24))
+    expected = image_logits(network, image, None, evaluation)
+    monkeypatch.setattr(inference, "CPU", Limits(forward=pixels, band=1000))
+    found: list[int] = []
+    network.register_forward_pre_hook(lambda _, args: found.append(len(args[0])))
+    torch.testing.assert_close(image_logits(network, image, None, evaluation), expected)
+    assert found == batches
 
 
 @pytest.mark.parametrize("evaluation", [WHOLE, slide((24, 32), (16, 24))])
@@ -149,13 +150,45 @@ def test_number_of_windows_at_once_does_not_matter(network: Tiny, monkeypatch: p
 def test_labels_made_in_bands_equal_the_argmax(
     network: Tiny, monkeypatch: pytest.MonkeyPatch, evaluation: Evaluation, pixels: int
 ) -> None:
-    monkeypatch.setattr(inference, "PIXELS_AT_ONCE", pixels)
+    monkeypatch.setattr(inference, "CPU", Limits(forward=2**16, band=pixels))
     image = noise(61, 93)
-    label, confidence = predict_labels(network, image, (32, 48), evaluation)
+    [(label, confidence)] = predict_labels(network, [framed(image, (32, 48))], evaluation, confidence=True)
     probability = image_logits(network, image, (32, 48), evaluation).softmax(0)
-    assert label.dtype == torch.uint8 and confidence.dtype == torch.float32
+    assert confidence is not None and label.dtype == torch.uint8 and confidence.dtype == torch.float32
     assert torch.equal(label.long(), probability.argmax(0))
     torch.testing.assert_close(confidence, probability.amax(0), rtol=0, atol=1e-6)
+    [(alone, nothing)] = predict_labels(network, [framed(image, (32, 48))], evaluation)
+    assert torch.equal(alone, label) and nothing is None
+
+
+def test_first_of_equal_classes_wins() -> None:
+    logits = torch.tensor([[0.0, 2.0, -torch.inf], [1.0, 2.0, -torch.inf], [1.0, 0.0, -torch.inf]])[:, None]  # 3 1 3
+    label, confidence = inference._best(logits, confidence=True)
+    assert label.tolist() == [[1, 0, 0]]
+    assert confidence is not None
+    torch.testing.assert_close(confidence[0, :2], logits.softmax(0).amax(0)[0, :2])
+
+
+@pytest.mark.parametrize("evaluation", [WHOLE, slide((24, 32), (16, 24))])
+@pytest.mark.parametrize(("pixels", "batches"), [(1, [1] * 7), (3 * 24 * 32, [2, 1, 3, 1]), (2**20, [2, 1, 4])])
+def test_frames_of_one_size_share_a_forward(
+    network: Tiny, monkeypatch: pytest.MonkeyPatch, evaluation: Evaluation, pixels: int, batches: list[int]
+) -> None:
+    sizes = [(24, 32), (48, 64), (24, 33), *[(24, 32)] * 4]  # the second becomes 24 x 32 as well
+    images = [noise(*size, seed=i) for i, size in enumerate(sizes)]
+    expected = [image_logits(network, image, (24, 33), evaluation) for image in images]
+    monkeypatch.setattr(inference, "CPU", Limits(forward=pixels, band=500))
+    found: list[int] = []
+    network.register_forward_pre_hook(lambda _, args: found.append(len(args[0])))
+    pairs = [(framed(image, (24, 33)), i) for i, image in enumerate(images)]
+    results = list(segment(network, pairs, evaluation, confidence=True))
+    if evaluation is WHOLE:
+        assert found == batches
+    assert [i for i, _, _ in results] == list(range(7))
+    for (_, label, confidence), logits, size in zip(results, expected, sizes, strict=True):
+        assert label.shape == size and torch.equal(label.long(), logits.argmax(0))
+        assert confidence is not None
+        torch.testing.assert_close(confidence, logits.softmax(0).amax(0), rtol=0, atol=1e-5)
 
 
 def two_resolutions() -> MultiResolution:
@@ -241,10 +274,10 @@ class Largest(TorchDispatchMode):
 def test_labels_of_a_large_image_need_no_logits_of_its_size(
     network: Tiny, monkeypatch: pytest.MonkeyPatch, box: tuple[int, int] | None
 ) -> None:
-    monkeypatch.setattr(inference, "PIXELS_AT_ONCE", 8 * 600)
+    monkeypatch.setattr(inference, "CPU", Limits(forward=2**16, band=8 * 600))
     image = noise(400, 600)
     with Largest() as largest:
-        predict_labels(network, image, box, WHOLE)
+        predict_labels(network, [framed(image, box)], WHOLE, confidence=True)
     assert 0 < largest.elements <= image.numel()  # 3 H W, not K H W
     with Largest() as largest:
         image_logits(network, image, box, WHOLE)
@@ -257,7 +290,10 @@ def test_modes_statistics_and_gradients_are_left_alone(network: Tiny) -> None:
     before = {name: value.clone() for name, value in network.state_dict().items()}
     first = image_logits(network, noise(32, 32), None, WHOLE)
     assert torch.equal(first, image_logits(network, noise(32, 32), None, WHOLE))  # no dropout
-    predict_labels(network, noise(32, 32), None, slide((24, 32), (16, 24)))
+    predict_labels(network, [framed(noise(32, 32), None)], slide((24, 32), (16, 24)))
+    with evaluating(network):
+        image_logits(network, noise(32, 32), None, WHOLE)
+        assert not network.training and not network.dropout.training
     assert network.training and network.dropout.training and not network.norm.training
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert not first.requires_grad
@@ -271,43 +307,19 @@ def test_modes_come_back_after_an_error(network: Tiny) -> None:
     assert network.training
 
 
-def test_overlapped_keeps_order_and_looks_only_a_few_items_ahead() -> None:
-    taken: list[int] = []
-
-    def items() -> Iterator[int]:
-        for i in range(30):
-            taken.append(i)
-            yield i
-
-    def slow_first(i: int) -> int:
-        time.sleep(0.02 if i % 4 == 0 else 0)
-        return i * i
-
-    results = overlapped(slow_first, items())
-    assert next(results) == 0
-    assert len(taken) <= 2 * inference.THREADS
-    assert list(results) == [i * i for i in range(1, 30)]
-
-
-def test_overlapped_raises_at_the_item_and_begins_nothing_more() -> None:
-    begun: list[int] = []
-
-    def fail_at_three(i: int) -> int:
-        begun.append(i)
-        if i == 3:
-            raise ValueError("three")
-        return i
-
-    results = overlapped(fail_at_three, range(100))
-    assert [next(results) for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(ValueError, match="three"):
-        next(results)
-    assert max(begun) <= 3 + inference.THREADS
-
-
-def test_png_round_trip(tmp_path: Path) -> None:
-    image = noise(9, 7).permute(1, 2, 0).numpy()
-    for name, pixels, mode in (("color.png", image, "RGB"), ("grey.png", image[..., 0], "L")):
-        write_png(tmp_path / "new" / name, pixels)
-        with Image.open(tmp_path / "new" / name) as file:
-            assert file.mode == mode and np.array_equal(np.asarray(file), pixels)
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_is_never_waited_for_and_gives_the_same() -> None:
+    torch.manual_seed(0)
+    network, images = Tiny().eval(), [noise(61, 93, seed=i) for i in range(3)]
+    expected = [image_logits(network, image, (32, 48), WHOLE).argmax(0) for image in images]
+    network.cuda()
+    pairs = [(Frame.of(image, (32, 48), torch.device("cuda")), None) for image in images]
+    list(segment(network, pairs, WHOLE))  # fills what is made once per size
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = [Fetched(label) for _, label, _ in segment(network, pairs, WHOLE)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for label, truth in zip(found, expected, strict=True):
+        assert (torch.from_numpy(label.numpy()) == truth).float().mean() > 0.999

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cluda_cli.data.labels import CAMVID, CITYSCAPES, PROTOCOLS, ClassTable
-from cluda_cli.engine.metrics import Confusion, Scores
+from cluda_cli.engine.metrics import Confusion, Scores, histogram
 
 CITY = ClassTable(CITYSCAPES)
 SYNTHIA_SEEN = tuple(name for name in CITY.names if name not in {"terrain", "truck", "train"})
@@ -42,6 +42,35 @@ def test_ignored_pixels_do_not_count_and_absent_classes_are_nan() -> None:
     iou, accuracy = confusion.iou.tolist(), confusion.accuracy.tolist()
     assert iou[:3] == [pytest.approx(1 / 3), 0, 0] and math.isnan(iou[3])  # predicted only: 0; neither: none
     assert accuracy[0] == pytest.approx(1 / 3) and all(map(math.isnan, accuracy[1:]))
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int64])
+@pytest.mark.parametrize("classes", [3, 200])
+def test_counts_are_those_of_the_plain_loop(kind: torch.dtype, classes: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    label, prediction = (torch.randint(0, classes, (2, 9, 11), generator=draw).to(kind) for _ in range(2))
+    label[0, :3] = 255
+    expected = torch.zeros(classes, classes, dtype=torch.int64)
+    for row, column in zip(label.flatten().tolist(), prediction.flatten().tolist(), strict=True):
+        if row != 255:
+            expected[row, column] += 1
+    confusion = Confusion(classes)
+    for _ in range(2):
+        confusion.update(prediction, label)
+    assert torch.equal(confusion.counts, 2 * expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_counts_the_same_without_being_waited_for() -> None:
+    values = torch.randint(0, 90, (50, 60), generator=torch.Generator().manual_seed(0))
+    on_gpu = values.int().cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = histogram(on_gpu, 100)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found.cpu(), histogram(values, 100))
 
 
 def test_counts_stay_exact_where_float32_would_not() -> None:

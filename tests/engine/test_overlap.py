@@ -1,0 +1,70 @@
+"""Threads beside the network, PNG files, copies."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cluda_cli.engine import overlap
+from cluda_cli.engine.overlap import Fetched, overlapped, pinned, write_png
+
+
+def test_overlapped_keeps_order_and_looks_only_a_few_items_ahead() -> None:
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for i in range(30):
+            taken.append(i)
+            yield i
+
+    def slow_first(i: int) -> int:
+        time.sleep(0.02 if i % 4 == 0 else 0)
+        return i * i
+
+    results = overlapped(slow_first, items())
+    assert next(results) == 0
+    assert len(taken) <= 2 * overlap.THREADS
+    assert list(results) == [i * i for i in range(1, 30)]
+
+
+def test_overlapped_raises_at_the_item_and_begins_nothing_more() -> None:
+    begun: list[int] = []
+
+    def fail_at_three(i: int) -> int:
+        begun.append(i)
+        if i == 3:
+            raise ValueError("three")
+        return i
+
+    results = overlapped(fail_at_three, range(100))
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="three"):
+        next(results)
+    assert max(begun) <= 3 + overlap.THREADS
+
+
+def test_png_round_trip(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    for name, pixels, mode in (("color.png", image, "RGB"), ("grey.png", image[..., 0], "L")):
+        write_png(tmp_path / "new" / name, pixels)
+        with Image.open(tmp_path / "new" / name) as file:
+            assert file.mode == mode and np.array_equal(np.asarray(file), pixels)
+
+
+def test_png_of_a_photograph_is_not_larger_than_pillow_makes_it(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    coarse = Image.fromarray(draw.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((128, 128))
+    noisy = (np.asarray(coarse).astype(int) + draw.integers(-2, 3, (128, 128, 3))).clip(0, 255).astype(np.uint8)
+    write_png(tmp_path / "ours.png", noisy)
+    Image.fromarray(noisy).save(tmp_path / "usual.png")
+    assert (tmp_path / "ours.png").stat().st_size < 1.02 * (tmp_path / "usual.png").stat().st_size
+
+
+def test_without_a_gpu_nothing_is_copied() -> None:
+    tensor = torch.arange(6)
+    assert pinned(tensor, torch.device("cpu")) is tensor
+    assert np.shares_memory(Fetched(tensor).numpy(), tensor.numpy())

@@ -12,12 +12,15 @@ UNDECAYED = {
 }  # fmt: skip
 
 
-def build_optimizer(student: nn.Module, objectives: nn.Module, optimizer: settings.Optimizer) -> torch.optim.AdamW:
+def build_optimizer(
+    student: nn.Module, objectives: nn.Module, optimizer: settings.Optimizer, fused: bool = False
+) -> torch.optim.AdamW:
     """AdamW over what is trainable, in three groups; each keeps its base learning rate as `base_lr`.
 
     decoder (with its norms and biases), other heads and those of objectives: lr x decoder_lr_factor, decayed weights;
     encoder parameters with "norm" in their name, other layer norms, positions, tokens and scales of transformers: lr,
-    not decayed; the rest of the encoder, batch norms of ResNets included: lr, decayed.
+    not decayed; the rest of the encoder, batch norms of ResNets included: lr, decayed. `fused` updates all parameters
+    of a group in one kernel, and leaves them alone where the optimizer's `found_inf`, a scalar on their device, is 1.
     """
     encoder, norm, decoder = [], [], []
     layers = [module for module in student.modules() if isinstance(module, nn.LayerNorm)]
@@ -35,7 +38,7 @@ def build_optimizer(student: nn.Module, objectives: nn.Module, optimizer: settin
         {"name": "encoder norm", "params": norm, "base_lr": optimizer.lr, "weight_decay": 0.0},
         {"name": "decoder", "params": decoder, "base_lr": fast, "weight_decay": optimizer.weight_decay},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=optimizer.lr)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=optimizer.lr, fused=fused or None)
 
 
 def set_learning_rate(adamw: torch.optim.Optimizer, optimizer: settings.Optimizer, step: int, steps: int) -> None:

@@ -40,12 +40,30 @@ class DAFormerDecoder(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """(logits B K h w, fused B D h w); channel dropout acts on the logits' input only, while training."""
-        size = maps[0].shape[2:]
         embedded = [layer(features) for layer, features in zip(self.embed_layers, maps, strict=True)]  # B E * * each
-        resized = [embedded[0], *(F.interpolate(coarse, size, mode="bilinear") for coarse in embedded[1:])]
-        # Dilated depthwise kernels are several times slower on channels-last maps, so the layout changes here.
-        fused = self.fuse_layer(torch.cat(resized, dim=1).contiguous())  # B D h w
+        if isinstance(self.fuse_layer, ConvUnit):
+            fused = _fuse_pointwise(self.fuse_layer, embedded)  # B D h w
+        else:
+            # Dilated depthwise kernels are several times slower on channels-last maps, so the layout changes here.
+            fused = self.fuse_layer(torch.cat(_to_finest(embedded), dim=1).contiguous())  # B D h w
         return self.conv_seg(self.dropout(fused)), fused
+
+
+def _to_finest(maps: Sequence[Tensor]) -> list[Tensor]:
+    """Maps of one number of channels, all at the size of the first."""
+    return [maps[0], *(F.interpolate(coarse, maps[0].shape[2:], mode="bilinear") for coarse in maps[1:])]
+
+
+def _fuse_pointwise(unit: "ConvUnit", maps: Sequence[Tensor]) -> Tensor:
+    """A 1x1 unit on maps B E * * that are resized to the first and concatenated: B D h w.
+
+    A 1x1 convolution mixes channels and resizing mixes pixels, so either may come first. Each map's part of the
+    convolution at the map's own resolution takes a third of the products and never makes the concatenated map.
+    """
+    parts = unit.conv.weight.split([features.shape[1] for features in maps], dim=1)
+    mixed = [F.conv2d(features, part) for features, part in zip(maps, parts, strict=True)]
+    first, *others = _to_finest(mixed)
+    return unit.activate(sum(others, start=first))
 
 
 class DeepLabV2Decoder(nn.Module):
@@ -126,4 +144,7 @@ class ConvUnit(nn.Module):
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, features: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(features)), inplace=True)
+        return self.activate(self.conv(features))
+
+    def activate(self, features: Tensor) -> Tensor:
+        return F.relu(self.bn(features), inplace=True)

@@ -64,13 +64,13 @@ class MultiResolution(Segmenter):
         if self.training:
             boxes = boxes or self._uncertain_boxes(logits.detach())
             detail = Detail(boxes, *self.decoder(self.encoder(boxes.crop(image))))
-            fine = boxes.over(self.stride).paste(detail.logits, size)  # B K f*h f*w
+            fine = boxes.over(self.stride).paste(_single(detail.logits), size)  # B K f*h f*w
         else:
             fine = self._sliding_detail(image, size)
-        attention = self.scale_attention(maps)[0].sigmoid()  # B K h w
+        attention = _single(self.scale_attention(maps)[0]).sigmoid()  # B K h w
         if detail is not None:
             attention = attention * detail.boxes.over(self.cell).inside(logits.shape[2:])[:, None]
-        return Output(self._blend(logits, fine, attention, size), fused, maps, context, detail)
+        return Output(self._blend(_single(logits), fine, attention, size), fused, maps, context, detail)
 
     def _blend(self, context: Tensor, fine: Tensor, attention: Tensor, size: Size) -> Tensor:
         """Fine logits where attended, context logits elsewhere (HRDA, section 3).  # B K f*h f*w"""
@@ -90,7 +90,7 @@ class MultiResolution(Segmenter):
         batch_norms = [module for module in self.modules() if isinstance(module, _BatchNorm)]
         at_once = len(windows) if any(norm.training for norm in batch_norms) else WINDOWS_AT_ONCE
         logits = torch.cat([self.decoder(self.encoder(part))[0] for part in windows.split(at_once)])
-        logits = logits.unflatten(0, (len(corners), -1))  # n B K a b
+        logits = _single(logits).unflatten(0, (len(corners), -1))  # n B K a b
         total, coverage = logits.new_zeros(*logits.shape[1:3], *size), logits.new_zeros(size)
         rows, columns = logits.shape[3:]
         for (y, x), window in zip(corners, logits, strict=True):
@@ -119,6 +119,11 @@ def build_segmenter(model: settings.Model, crop: Size, num_classes: int) -> Segm
     )
 
 
+def _single(tensor: Tensor) -> Tensor:
+    """At least float32: the networks may run in bfloat16, whose eight bits are too few to add up and blend logits."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def entropy(logits: Tensor) -> Tensor:
     """Of the softmax of logits B K h w, as a share of the largest possible one.  # float32 B h w, 0..1"""
     log_probability = logits.float().log_softmax(dim=1)
@@ -130,7 +135,8 @@ def most_uncertain(uncertainty: Tensor, window: Size, stride: Size) -> Tensor:
     (high, wide), size = window, (uncertainty.shape[1], uncertainty.shape[2])
     corners = window_corners(size, window, stride)
     means = torch.stack([uncertainty[:, y : y + high, x : x + wide].mean(dim=(1, 2)) for y, x in corners])  # n B
-    return torch.tensor(corners, device=uncertainty.device)[means.argmax(dim=0)]
+    corner = torch.tensor(corners).to(uncertainty.device, non_blocking=True)  # a plain copy would wait for a GPU
+    return corner[means.argmax(dim=0)]
 
 
 def _detail_crop(wanted: Size | None, crop: Size, cell: int) -> Size:

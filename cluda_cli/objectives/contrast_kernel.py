@@ -1,11 +1,12 @@
 """Pixel contrast with its gradient, of one resolution and of two.
 
-Features become unit vectors and pixels are sorted by class; what is summed over pairs of pixels is computed in tiles
-(`contrast_tiles`). The gradient is computed in the forward pass and scaled in the backward pass.
+Features become unit vectors and labelled pixels are chosen (`contrast_pairs`); what is summed over pairs of pixels is
+computed in tiles (`contrast_tiles`). The gradient is computed in the forward pass and scaled in the backward pass.
 
-Legend: N pixels, n of them chosen and sorted by class, D channels.
+Legend: N pixels, n of them chosen, D channels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,17 +14,26 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from cluda_cli.data.labels import IGNORE
-from cluda_cli.objectives.contrast_tiles import Pairs, attract_and_repel
+from cluda_cli.objectives.contrast_pairs import Choice, Masked, Sorted
+from cluda_cli.objectives.contrast_tiles import attract_and_repel
 
 CPU_TILE = 512
 """Side of a tile on a CPU: one megabyte of float32, which stays in the cache between the steps of a tile."""
-GPU_TILE = 4096
-"""Side of a tile elsewhere: few enough kernel launches that they do not dominate (a guess, not measured)."""
+GPU_TILE = 2048
+"""Side of a tile elsewhere: 16 megabytes, so that a tile costs more time than its kernel launches (estimated, not
+measured)."""
 TINY = 1e-12
 """Norm below which a feature has no direction: it is similar to none and gets no gradient."""
 
 
-def contrast(features: Tensor, label: Tensor, weight: Tensor, temperature: float, tile: int = 0) -> Tensor:
+def contrast(
+    features: Tensor,
+    label: Tensor,
+    weight: Tensor,
+    temperature: float,
+    tile: int = 0,
+    masked: bool | None = None,
+) -> Tensor:
     """Contrast every labelled pixel with all others: towards its class, away from every other class.
 
     `features` N D of any length (their direction counts), `label` N train ids, 255 = ignored, `weight` N. With s_ij the
@@ -37,11 +47,15 @@ def contrast(features: Tensor, label: Tensor, weight: Tensor, temperature: float
     pair of positives or without negatives.
 
     float32 or float64; `temperature` at least 0.02, below which exponentials leave the range of float32. The result
-    repeats exactly on a CPU, and depends on `tile`, the side of a tile, by rounding only. Features alone receive a
-    gradient, once: it cannot be differentiated again. On a GPU it waits for the device once, for the class sizes.
+    repeats exactly on a CPU. It depends by rounding only on `tile`, the side of a tile, and on `masked`: whether pairs
+    are masked rather than sorted by class, which takes longer but never waits for the device (unset: everywhere but on
+    a CPU). Features alone receive a gradient, once: it cannot be differentiated again.
     """
     differentiate = torch.is_grad_enabled() and features.requires_grad
-    value: Tensor = _Contrast.apply(features, label, weight, temperature, tile or _tile(features), differentiate)
+    choose = _choose(features, masked)
+    value: Tensor = _Contrast.apply(
+        features, label, weight, temperature, tile or _tile(features), choose, differentiate
+    )
     return value
 
 
@@ -54,6 +68,7 @@ def multires_contrast(
     weight: Tensor,
     temperature: float,
     tile: int = 0,
+    masked: bool | None = None,
 ) -> Tensor:
     """Contrast pixels as seen in their context and, within a detail crop, context with detail, in learned shares.
 
@@ -69,16 +84,22 @@ def multires_contrast(
     way round: a mix of 1 trusts detail, as in HRDA's attention, and outside the crop the contrast of contexts remains.
     The released code gates by class instead (class 0 counts as outside), weighs contexts by W and detail by 1 - W, and
     compares with zero vectors outside the crop. Rows of `detail` outside may hold anything. Features, detail and mix
-    receive gradients; range, exactness and the rest are as in `contrast`, but on a GPU it waits twice.
+    receive gradients; range, exactness and the rest are as in `contrast`.
     """
     differentiate = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (features, detail, mix))
     inputs = (features, detail, inside, mix, label, weight)
-    value: Tensor = _MultiresContrast.apply(temperature, tile or _tile(features), differentiate, *inputs)
+    choose = _choose(features, masked)
+    value: Tensor = _MultiresContrast.apply(temperature, tile or _tile(features), choose, differentiate, *inputs)
     return value
 
 
 def _tile(features: Tensor) -> int:
     return CPU_TILE if features.device.type == "cpu" else GPU_TILE
+
+
+def _choose(features: Tensor, masked: bool | None) -> Callable[[Tensor], Choice]:
+    masked = features.device.type != "cpu" if masked is None else masked
+    return Masked if masked else Sorted.of
 
 
 class _Contrast(torch.autograd.Function):
@@ -90,12 +111,13 @@ class _Contrast(torch.autograd.Function):
         weight: Tensor,  # N
         temperature: float,
         tile: int,
+        choose: Callable[[Tensor], Choice],
         differentiate: bool,
     ) -> Tensor:
-        order, classes = _sort_by_class(label)
-        pixels = _Directions.of(features, order, temperature)
-        weight = (weight.to(features.dtype) * _root_shares(features, order, classes))[order, None]  # n 1
-        pairs = Pairs(pixels.unit, pixels.unit, weight, weight, classes, tile)
+        chosen = choose(label)
+        pixels = _Directions.of(features, chosen, temperature)
+        weight = chosen.take(weight.to(features.dtype) * chosen.root_shares(features.dtype))[:, None]  # n 1
+        pairs = chosen.pairs(pixels.unit, pixels.unit, weight, weight, tile)
         value, _, gradients = attract_and_repel(pairs, differentiate)
         if gradients is not None:
             gradient = torch.zeros_like(features)
@@ -107,7 +129,7 @@ class _Contrast(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, scale: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * scale, None, None, None, None, None
+        return gradient * scale, None, None, None, None, None, None
 
 
 class _MultiresContrast(torch.autograd.Function):
@@ -116,20 +138,27 @@ class _MultiresContrast(torch.autograd.Function):
     the pixels inside alone."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, temperature: float, tile: int, differentiate: bool, *inputs: Tensor) -> Tensor:
+    def forward(
+        ctx: FunctionCtx,
+        temperature: float,
+        tile: int,
+        choose: Callable[[Tensor], Choice],
+        differentiate: bool,
+        *inputs: Tensor,
+    ) -> Tensor:
         features, detail, inside, mix, label, weight = inputs  # N D twice, then N each
-        order, classes = _sort_by_class(label)
-        weight = weight.to(features.dtype) * _root_shares(features, order, classes) * 0.5**0.5  # N
+        chosen = choose(label)
+        weight = weight.to(features.dtype) * chosen.root_shares(features.dtype) * 0.5**0.5  # N
         detailed = torch.where(inside, weight * mix, 0)  # N, q
-        context = _Directions.of(features, order, temperature)
-        left, right = (torch.stack([weight, q], dim=1)[order] for q in (detailed, -detailed))  # n 2
-        pairs = Pairs(context.unit, context.unit, left, right, classes, tile)
+        context = _Directions.of(features, chosen, temperature)
+        left, right = (chosen.take(torch.stack([weight, q], dim=1)) for q in (detailed, -detailed))  # n 2
+        pairs = chosen.pairs(context.unit, context.unit, left, right, tile)
         value, by_left, gradients = attract_and_repel(pairs, differentiate)
 
-        near, near_classes = _sort_by_class(label.where(inside, IGNORE))
+        near = choose(label.where(inside, IGNORE))
         anchors, others = (_Directions.of(maps, near, temperature) for maps in (features, detail))
-        q = detailed[near, None]  # n 1
-        near_pairs = Pairs(anchors.unit, others.unit, q, q, near_classes, tile)
+        q = near.take(detailed)[:, None]  # n 1
+        near_pairs = near.pairs(anchors.unit, others.unit, q, q, tile)
         near_value, by_q, near_gradients = attract_and_repel(near_pairs, differentiate)
 
         if gradients is not None and near_gradients is not None:
@@ -137,8 +166,8 @@ class _MultiresContrast(torch.autograd.Function):
             context.add_gradient(gradients.anchors, to_features)
             anchors.add_gradient(near_gradients.anchors, to_features)
             others.add_gradient(near_gradients.others, to_detail)
-            to_mix[order] += by_left[:, 1]
-            to_mix[near] += by_q[:, 0]
+            chosen.add(by_left[:, 1], to_mix)
+            near.add(by_q[:, 0], to_mix)
             ctx.save_for_backward(to_features, to_detail, torch.where(inside, to_mix * weight, 0))
         return value + near_value
 
@@ -146,32 +175,7 @@ class _MultiresContrast(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, scale: Tensor) -> tuple[Tensor | None, ...]:
         features, detail, mix = ctx.saved_tensors
-        return None, None, None, features * scale, detail * scale, None, mix * scale, None, None
-
-
-def _sort_by_class(label: Tensor) -> tuple[Tensor, list[slice]]:
-    """Indices of the labelled pixels, class by class, and the slice of each class; the largest class comes first.
-
-    That order leaves the thin tiles of small classes short: they pair with smaller classes only.
-    """
-    sorted_label, order = label.sort(stable=True)
-    ids = torch.arange(IGNORE, device=label.device, dtype=label.dtype)
-    ends = torch.searchsorted(sorted_label, ids, right=True).tolist()
-    runs = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False) if end > start]
-    runs.sort(key=lambda run: run.start - run.stop)
-    classes: list[slice] = []
-    for run in runs:
-        start = classes[-1].stop if classes else 0
-        classes.append(slice(start, start + run.stop - run.start))
-    return torch.cat([order[run] for run in runs] or [order[:0]]), classes
-
-
-def _root_shares(features: Tensor, order: Tensor, classes: list[slice]) -> Tensor:
-    """Square root of the share of a pair in the value, 1 / n max(1, |P_i|), N: both pixels of a pair carry it."""
-    shares = features.new_zeros(len(features))
-    for run in classes:
-        shares[order[run]] = (len(order) * max(1, run.stop - run.start - 1)) ** -0.5
-    return shares
+        return None, None, None, None, features * scale, detail * scale, None, mix * scale, None, None
 
 
 @dataclass(frozen=True)
@@ -179,17 +183,17 @@ class _Directions:
     """Chosen rows of features as unit vectors, divided by the root of the temperature: so are both factors of a
     similarity, and one copy of the pixels serves for both."""
 
-    index: Tensor  # n, into the N pixels
+    chosen: Choice
     unit: Tensor  # n D
     norm: Tensor  # n 1
     temperature: float
 
     @classmethod
-    def of(cls, features: Tensor, index: Tensor, temperature: float) -> "_Directions":
-        unit = features[index]
+    def of(cls, features: Tensor, chosen: Choice, temperature: float) -> "_Directions":
+        unit = chosen.take(features)
         norm = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
         unit *= temperature**-0.5 / norm.clamp_min(TINY)
-        return cls(index, unit, norm, temperature)
+        return cls(chosen, unit, norm, temperature)
 
     def add_gradient(self, gradient: Tensor, total: Tensor) -> None:
         """Add a gradient by the scaled unit vectors, n D, as one by the features, N D; overwrites the former.
@@ -198,4 +202,4 @@ class _Directions:
         """
         gradient -= self.unit * ((self.unit * gradient).sum(dim=1, keepdim=True) * self.temperature)
         gradient *= (self.norm >= TINY) / self.norm.clamp_min(TINY) * self.temperature**-0.5
-        total[self.index] += gradient
+        self.chosen.add(gradient, total)

@@ -4,74 +4,27 @@ Written plainly, a contrast needs about eleven N x N matrices at once. This form
 
 * Similarity of one set of pixels with itself is symmetric, so each pair is visited in one order only.
 * Between classes only the sums of exponentials matter; logarithms are needed within a class.
-* Pixels sorted by class make both kinds of pairs rectangles of one matrix, and tiles of them plain matrix products.
+* Both kinds of pairs fall into tiles of one matrix, which are plain matrix products (`contrast_pairs` says which).
 * The gradient costs little more than the value, so both are computed together.
 
 Two sweeps do it: one over the pairs between classes for the sums, then one over all pairs for value and gradient. The
 exponentials of the first sweep are kept for the second up to a fixed budget, and computed again beyond it.
 
-Legend: n pixels sorted by class, D channels, R products in the weight of a pair, i j k slices of the n pixels.
+Legend: n pixels, D channels, R products in the weight of a pair, i j k slices of the n pixels.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cluda_cli.objectives.contrast_pairs import Pairs
+
 KEPT = 2**25
 """Exponentials kept between the sweeps, at most: 128 MiB of float32."""
 LINEAR = 40.0
 """Argument above which softplus(x) is x; the difference is below the precision of float64."""
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Pixels as anchors and as what they are compared with, in order of class.
-
-    The similarity of a pair is anchors_i . others_j, and its weight left_i . right_j, where each column of `right` is
-    plus or minus that of `left`. Where `others` is `anchors`, similarity is symmetric.
-    """
-
-    anchors: Tensor  # n D
-    others: Tensor  # n D
-    left: Tensor  # n R
-    right: Tensor  # n R
-    classes: list[slice]  # one after another, from 0 to n
-    tile: int  # side of a tile
-
-    @property
-    def symmetric(self) -> bool:
-        return self.others is self.anchors
-
-    def similarity(self, i: slice, j: slice) -> Tensor:  # i j
-        return self.anchors[i] @ self.others[j].T
-
-    def within(self) -> Iterator[tuple[slice, slice, bool]]:
-        """Tiles that cover every pair of pixels of one class.
-
-        With each comes whether its numbers also stand for the same pairs in the opposite order. A tile on the diagonal
-        (i = j) holds both orders anyway.
-        """
-        for run in self.classes:
-            for i in _chunks(run.start, run.stop, self.tile):
-                for j in _chunks(i.start if self.symmetric else run.start, run.stop, self.tile):
-                    yield i, j, self.symmetric and i != j
-
-    def across(self) -> Iterator[tuple[slice, slice]]:
-        """Tiles that cover every pair of pixels of different classes, in one order if similarity is symmetric."""
-        for run in self.classes:
-            for i in _chunks(run.start, run.stop, self.tile):
-                for j in _chunks(0, 0 if self.symmetric else run.start, self.tile):
-                    yield i, j
-                for j in _chunks(run.stop, len(self.anchors), self.tile):
-                    yield i, j
-
-
-def _chunks(start: int, stop: int, size: int) -> Iterator[slice]:
-    for first in range(start, stop, size):
-        yield slice(first, min(first + size, stop))
 
 
 @dataclass(frozen=True)
@@ -99,7 +52,8 @@ def attract_and_repel(pairs: Pairs, differentiate: bool) -> tuple[Tensor, Tensor
     total, kept = sum_negatives(pairs, keep=KEPT if differentiate else 0)
     cost, pull = _attract(pairs, total, gradients)
     if gradients is not None:
-        _repel(pairs, pull / total, kept, gradients)
+        # Without negatives both are 0. The smallest number is far below any sum of exponentials.
+        _repel(pairs, pull / total.clamp_min(torch.finfo(total.dtype).tiny), kept, gradients)
     return (pairs.left * cost).sum() / 2, cost, gradients
 
 
@@ -108,9 +62,9 @@ def sum_negatives(pairs: Pairs, keep: int) -> tuple[Tensor, list[Tensor]]:
     total = pairs.anchors.new_zeros(len(pairs.anchors))
     kept: list[Tensor] = []
     for i, k in pairs.across():
-        exponential = pairs.similarity(i, k).exp_()  # i k
+        exponential = pairs.negatives(i, k)  # i k
         total[i] += exponential.sum(dim=1)
-        if pairs.symmetric:
+        if pairs.symmetric and i != k:
             total[k] += exponential.sum(dim=0)
         keep -= exponential.numel()
         if keep >= 0:
@@ -127,9 +81,7 @@ def _attract(pairs: Pairs, total: Tensor, gradients: Gradients | None) -> tuple[
     level = total.log()  # n, L_i; -inf without negatives, where cost and pull vanish
     by_left, pull = torch.zeros_like(pairs.left), torch.zeros_like(total)
     for i, j, both in pairs.within():
-        similarity = pairs.similarity(i, j)  # i j
-        if i == j:
-            similarity.fill_diagonal_(torch.inf)  # no pixel is a positive of itself; this costs it nothing
+        similarity = pairs.positives(i, j)  # i j
         as_rows = level[i, None] - similarity  # i j
         cost = F.softplus(as_rows, threshold=LINEAR)
         if both:
@@ -161,7 +113,8 @@ def _repel(pairs: Pairs, push: Tensor, kept: list[Tensor], gradients: Gradients)
     for i, k in pairs.across():
         force = next(waiting, None)  # i k
         if force is None:
-            force = pairs.similarity(i, k).exp_()
+            force = pairs.negatives(i, k)
         force *= push[i, None] + push[k] if pairs.symmetric else push[i, None]
         gradients.anchors[i].addmm_(force, pairs.others[k])
-        gradients.others[k].addmm_(force.T, pairs.anchors[i])
+        if not pairs.symmetric or i != k:  # a symmetric tile on the diagonal holds both orders of its pairs
+            gradients.others[k].addmm_(force.T, pairs.anchors[i])

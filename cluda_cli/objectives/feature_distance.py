@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cluda_cli import settings
+from cluda_cli import parallel, settings
 from cluda_cli.adaptation.views import View
 from cluda_cli.data.labels import IGNORE, ClassTable
 from cluda_cli.errors import SettingsError, nearest
@@ -51,10 +51,12 @@ def masked_distance(features: Tensor, pretrained: Tensor, mask: Tensor) -> Tenso
     """Mean over the cells of `mask`, in the whole batch, of the Euclidean distance across channels.
 
     `features` and `pretrained` B C h w, `mask` B h w boolean (DAFormer, section 3.3). A scalar, 0 for an empty mask;
-    where features agree exactly the gradient is 0.
+    where features agree exactly the gradient is 0. The cells are those of all processes, and the mean of the processes'
+    values is the distance.
     """
     distance = torch.linalg.vector_norm(features - pretrained, dim=1)  # B h w
-    return torch.where(mask, distance, 0).sum() / mask.sum().clamp_min(1)
+    cells = parallel.total(mask.sum()).clamp_min(1)
+    return parallel.world_size() * torch.where(mask, distance, 0).sum() / cells
 
 
 def downscale_label(label: Tensor, size: tuple[int, int], min_share: float, num_classes: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cluda_cli import settings
+from cluda_cli import parallel, settings
 from cluda_cli.adaptation.views import View
 from cluda_cli.models.boxes import Boxes
 from cluda_cli.models.decoders import DAFormerDecoder
@@ -21,7 +21,7 @@ class PixelContrast(nn.Module):
     """Draw the fused features of a class together and push those of different classes apart (CLUDA).
 
     On source images the labels are ground truth. Mixed images hold pixels of both domains and pseudo-labels; there
-    every pair counts by the product of its two confidence weights.
+    every pair counts by the product of its two confidence weights. The pixels are those of all processes.
 
     For a network of two resolutions, `channels` are those of its encoder's maps: a light head of the objective's own,
     which this loss alone trains, then learns from the maps of the context how much detail counts in a pair.
@@ -40,10 +40,11 @@ class PixelContrast(nn.Module):
         with torch.autocast(output.features.device.type, enabled=False):
             features, weight = output.features.float(), view.weight.float()
             if self.weighter is None or output.detail is None:
-                return contrast(*to_rows(features, view.label, weight, size), temperature=temperature)
+                rows = map(parallel.gather, to_rows(features, view.label, weight, size))
+                return contrast(*rows, temperature=temperature)
             mix = self.weighter([maps.float() for maps in output.encoder])[0].sigmoid()  # B 1 h w
             detail, boxes = output.detail.features.float(), output.detail.boxes
-            rows = to_multires_rows(features, detail, boxes, mix, view.label, weight, size)
+            rows = map(parallel.gather, to_multires_rows(features, detail, boxes, mix, view.label, weight, size))
             return multires_contrast(*rows, temperature=temperature)
 
 

@@ -1,11 +1,15 @@
 """Time and memory of the pixel contrast against the same mathematics written plainly.
 
     python tests/bench/bench_contrast.py [--side 65] [--rounds 5] [--threads 2]
+    python tests/bench/bench_contrast.py --scaling [--full]
 
 Features are 2 x 256 x side x side with twelve classes in uneven shares and confidence weights, as in a mixed view; the
 contrast of two resolutions also has detail features in a crop of a quarter of the area. The two forms of a contrast are
 timed in turn in one process, forward and backward; memory is the growth of the peak resident size of a process that
 runs one form once. Absolute times vary from machine to machine: the ratio is what counts.
+
+With --scaling, the growth from N = 2048 to 32 768 pixels, the plain form where it fits; the grid of 2 x 256 x 256 takes
+minutes and is extrapolated without --full.
 """
 
 import argparse
@@ -77,7 +81,7 @@ def costs(unit: Tensor, others: Tensor, label: Tensor, temperature: float, insid
 
 
 def mean_over_positives(cost: Tensor, label: Tensor, weight: Tensor) -> Tensor:
-    positive = (label[:, None] == label) & ~torch.eye(len(label), dtype=torch.bool)
+    positive = (label[:, None] == label) & ~torch.eye(len(label), dtype=torch.bool, device=label.device)
     cost = cost * (weight[:, None] * weight)
     return ((cost * positive).sum(dim=1) / positive.sum(dim=1).clamp_min(1)).mean()
 
@@ -101,6 +105,10 @@ FORMS = {
     "tiled + detail": of_two(multires_contrast),
 }
 CONTRASTS = [list(FORMS)[:2], list(FORMS)[2:]]
+
+SIDES = (32, 64, 128)
+FULL_SIDE = 256
+PLAIN_SIDE = 64  # the largest at which the plain form fits a small machine
 
 
 def make_problem(side: int, channels: int = CHANNELS) -> Problem:
@@ -154,6 +162,28 @@ def measure(side: int, rounds: int, threads: int) -> list[list[Row]]:
     return [[Row(name, seconds[name][1:], megabytes[name]) for name in names] for names in CONTRASTS]
 
 
+def scale(rounds: int, threads: int, full: bool) -> list[list[str]]:
+    """How time and memory grow with the number of pixels: rows of a table."""
+    table: list[list[str]] = []
+    seconds, last = 0.0, 0
+    for side in (*SIDES, FULL_SIDE) if full else SIDES:
+        names = CONTRASTS[0] if side <= PLAIN_SIDE else CONTRASTS[0][1:]
+        megabytes = {name: memory_of(name, side, threads) for name in names}
+        problem = make_problem(side)
+        repeats = rounds if side <= PLAIN_SIDE else 1
+        spent = {name: statistics.median(once(FORMS[name], problem)[0] for _ in range(repeats)) for name in names}
+        cells = {name: [f"{spent[name]:.2f}", f"{megabytes[name]:.0f}"] for name in names}
+        inputs = problem.features.numel() * problem.features.element_size() / 2**20
+        (plain_name, ours), num_pixels = CONTRASTS[0], len(problem.label)
+        table.append([str(num_pixels), f"{inputs:.0f}", *cells[ours], *cells.get(plain_name, ["-", "-"])])
+        seconds, last = spent[ours], num_pixels
+    if not full:
+        num_pixels = 2 * FULL_SIDE**2
+        extrapolated = f"~{seconds * (num_pixels / last) ** 2:.0f}"
+        table.append([str(num_pixels), f"{num_pixels * CHANNELS * 4 / 2**20:.0f}", extrapolated, "-", "-", "-"])
+    return table
+
+
 def report(measured: list[list[Row]], title: str) -> None:
     table = []
     for contrast_rows in measured:
@@ -171,6 +201,8 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=65)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--scaling", action="store_true", help="growth with the number of pixels instead")
+    parser.add_argument("--full", action="store_true", help="with --scaling: up to 2 x 256 x 256 pixels")
     parser.add_argument("--memory-of", choices=list(FORMS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -180,6 +212,11 @@ def main() -> None:
         before = peak_megabytes()
         once(FORMS[options.memory_of], problem)
         print(peak_megabytes() - before)
+        return
+    if options.scaling:
+        columns = ["N", "features MiB", "tiled s", "tiled MiB", "plain s", "plain MiB"]
+        title = f"growth, {CHANNELS} channels, MiB above inputs, {options.threads} threads, ~ extrapolated"
+        console.result_table(title, columns, scale(options.rounds, options.threads, options.full))
         return
     measured = measure(options.side, options.rounds, options.threads)
     threads, shape = f"{options.threads} threads", f"2x{CHANNELS}x{options.side}x{options.side}"

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cluda_cli.models.decoders import DAFormerDecoder, DeepLabV2Decoder
 from cluda_cli.settings import Decoder, DeepLabV2
@@ -54,6 +55,25 @@ def test_fused_feature_is_what_the_classifier_reads_before_dropout():
     dropped, again = decoder(maps)
     torch.testing.assert_close(again, fused)
     assert not torch.allclose(dropped, logits)
+
+
+@pytest.mark.parametrize("embed_norm", [False, True])
+def test_without_dilations_one_pointwise_convolution_fuses_the_resized_maps(embed_norm):
+    """In whichever order it is computed."""
+    torch.manual_seed(0)
+    section = Decoder(embed_dim=6, channels=8, dilations=(), dropout=0, embed_norm=embed_norm)
+    decoder = DAFormerDecoder(section, B0, num_classes=5).double()
+    maps = [torch.randn(2, channels, 16 >> i, 24 >> i).double().requires_grad_() for i, channels in enumerate(B0)]
+    logits, fused = decoder(maps)
+    embedded = [layer(features) for layer, features in zip(decoder.embed_layers, maps, strict=True)]
+    resized = [F.interpolate(features, (16, 24), mode="bilinear") for features in embedded]
+    expected = decoder.fuse_layer(torch.cat(resized, dim=1))
+    torch.testing.assert_close(fused, expected, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(logits, decoder.conv_seg(expected), rtol=1e-12, atol=1e-13)
+    leaves = [*maps, decoder.fuse_layer.conv.weight, decoder.embed_layers[2].proj.weight]
+    cotangent = torch.randn_like(expected)
+    gradients = (torch.autograd.grad(result, leaves, cotangent) for result in (fused, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
 
 
 def test_dilations_are_a_setting():

@@ -354,6 +354,17 @@ def test_context_may_be_smaller_still(downscale: int, starts: tuple[list[int], l
     torch.testing.assert_close(network(image).logits, total / cover, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_resolutions_are_blended_in_float32_under_autocast(training: bool) -> None:
+    """Sums over windows and products with attention would lose what eight bits of mantissa cannot hold."""
+    network, image = build().train(training), noise()
+    exact = network(image, BOXES).logits.detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = network(image, BOXES)
+    assert output.features.dtype == torch.bfloat16 and output.logits.dtype == torch.float32
+    assert (output.logits - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
 @pytest.mark.parametrize(("encoder", "multiple"), [("mit_b0", 8), ("mobilenetv2_050", 64)])
 def test_pad_multiple_suits_context_and_detail(encoder: str, multiple: int) -> None:
     network = build(encoder)

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cluda_cli.objectives import contrast_kernel, contrast_tiles
+from cluda_cli.objectives import contrast_tiles
 from cluda_cli.objectives.contrast_kernel import contrast
+from cluda_cli.objectives.contrast_pairs import Masked, Sorted
 
 REFERENCE = [
     "c01_basic", "c02_fdist", "c03_pseudo_weight", "c04_fdist_pseudo_weight", "c05_single_pixel_class",
@@ -62,27 +63,37 @@ LABELS = {
 }
 
 
+BOTH_CHOICES = pytest.mark.parametrize("masked", [False, True], ids=["sorted", "masked"])
+
+
+@BOTH_CHOICES
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 10.0])
 @pytest.mark.parametrize("name", LABELS)
-def test_equals_the_plain_form(name: str, temperature: float) -> None:
+def test_equals_the_plain_form(name: str, temperature: float, masked: bool) -> None:
     expected = value_and_gradient(plain, *problem(LABELS[name]), temperature)
-    actual = value_and_gradient(contrast, *problem(LABELS[name]), temperature)
+    actual = value_and_gradient(contrast, *problem(LABELS[name]), temperature, 0, masked)
     torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-12)
 
 
+@BOTH_CHOICES
 @pytest.mark.parametrize("tile", [1, 7, 64, 149, 1000])
-def test_tiles_do_not_matter(tile: int) -> None:
-    inputs = problem(uneven(150, [4, 0, 255, 11, 18]))
+def test_tiles_do_not_matter(tile: int, masked: bool) -> None:
+    inputs = problem(uneven(150 if tile > 1 else 40, [4, 0, 255, 11, 18]))
     expected = value_and_gradient(contrast, *inputs, 0.3)
-    torch.testing.assert_close(value_and_gradient(contrast, *inputs, 0.3, tile), expected, rtol=1e-10, atol=1e-14)
+    actual = value_and_gradient(contrast, *inputs, 0.3, tile, masked)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-14)
 
 
+@BOTH_CHOICES
 @pytest.mark.parametrize("budget", [0, 500, 4000])
-def test_the_budget_of_kept_exponentials_does_not_matter(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_budget_of_kept_exponentials_does_not_matter(
+    budget: int, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inputs = problem(uneven(150, [4, 0, 255, 11, 18]))
     expected = value_and_gradient(contrast, *inputs, 0.3, 32)
     monkeypatch.setattr(contrast_tiles, "KEPT", budget)
-    torch.testing.assert_close(value_and_gradient(contrast, *inputs, 0.3, 32), expected, rtol=1e-12, atol=1e-15)
+    actual = value_and_gradient(contrast, *inputs, 0.3, 32, masked)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize(
@@ -90,8 +101,9 @@ def test_the_budget_of_kept_exponentials_does_not_matter(budget: int, monkeypatc
     [[255] * 5, [4] * 5, [0, 1, 2, 3, 4], [3, 255, 255, 255, 255]],
     ids=["all ignored", "one class", "all distinct", "one pixel"],
 )
-def test_nothing_to_contrast_is_exactly_zero_and_connected(label: list[int]) -> None:
-    value, gradient = value_and_gradient(contrast, *problem(label), 1.0)
+@BOTH_CHOICES
+def test_nothing_to_contrast_is_exactly_zero_and_connected(label: list[int], masked: bool) -> None:
+    value, gradient = value_and_gradient(contrast, *problem(label), 1.0, 0, masked)
     assert value == 0
     assert torch.equal(gradient, torch.zeros_like(gradient))
 
@@ -123,9 +135,10 @@ def test_the_value_alone_is_the_same() -> None:
     torch.testing.assert_close(alone, value_and_gradient(contrast, features, label, weight, 1.0)[0])
 
 
+@BOTH_CHOICES
 @pytest.mark.parametrize("temperature", [0.02, 0.1, 1.0, 10.0])
 @pytest.mark.parametrize("arrangement", ["random", "separated", "confused"])
-def test_float32_holds_at_every_temperature(arrangement: str, temperature: float) -> None:
+def test_float32_holds_at_every_temperature(arrangement: str, temperature: float, masked: bool) -> None:
     """Also where a class agrees and opposes all others, and where it opposes itself and agrees with another."""
     features, label, weight = problem(torch.arange(60) % 2, channels=4)
     axis = F.one_hot(torch.tensor(0), 4).double()
@@ -134,7 +147,7 @@ def test_float32_holds_at_every_temperature(arrangement: str, temperature: float
         features = sign[:, None] * axis + 0.01 * features
     features, weight = features.float().double(), weight.float().double()
     expected = value_and_gradient(plain_in_logarithms, features, label, weight, temperature)
-    actual = value_and_gradient(contrast, features.float(), label, weight.float(), temperature)
+    actual = value_and_gradient(contrast, features.float(), label, weight.float(), temperature, 0, masked)
     assert actual[0].dtype == actual[1].dtype == torch.float32
     torch.testing.assert_close(actual[0].double(), expected[0], rtol=1e-5, atol=1e-12)
     error = (actual[1] - expected[1]).abs().max()
@@ -162,14 +175,32 @@ def test_a_feature_of_length_zero_gets_no_gradient() -> None:
     assert gradient[[0, 1, 3, 4]].abs().min() > 0
 
 
-def test_ignored_pixels_neither_act_nor_learn() -> None:
+@BOTH_CHOICES
+@pytest.mark.parametrize("filling", [100.0, torch.nan])
+def test_ignored_pixels_neither_act_nor_learn(filling: float, masked: bool) -> None:
     features, label, weight = problem(LABELS["uneven"])
-    changed = torch.where(label[:, None] == 255, 100.0, features)
-    first = value_and_gradient(contrast, features, label, weight, 1.0)
-    second = value_and_gradient(contrast, changed, label, weight, 1.0)
+    changed = torch.where(label[:, None] == 255, filling, features)
+    first = value_and_gradient(contrast, features, label, weight, 1.0, 0, masked)
+    second = value_and_gradient(contrast, changed, label, weight, 1.0, 0, masked)
     assert first[0] == second[0]
     assert torch.equal(first[1], second[1])
     assert torch.equal(first[1][label == 255], torch.zeros(int((label == 255).sum()), 6, dtype=torch.float64))
+
+
+@BOTH_CHOICES
+def test_a_feature_that_is_no_number_shows(masked: bool) -> None:
+    features, label, weight = problem([0, 1, 0, 1, 1])
+    features[2, 0] = torch.nan
+    assert value_and_gradient(contrast, features, label, weight, 1.0, 0, masked)[0].isnan()
+
+
+def test_off_the_cpu_nothing_is_read_back() -> None:
+    """Tensors on this device have no values, so that reading one (and, on a GPU, waiting for it) raises."""
+    inputs = [tensor.to("meta") for tensor in problem(LABELS["uneven"])]
+    value, gradient = value_and_gradient(contrast, *inputs, 1.0)
+    assert value.device.type == "meta" and gradient.shape == inputs[0].shape
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        contrast(*inputs, 1.0, masked=False)
 
 
 def test_repeats_exactly() -> None:
@@ -193,7 +224,11 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("form", "quadratic"), [(plain, True), (lambda *a: contrast(*a, 64), False)])
+@pytest.mark.parametrize(
+    ("form", "quadratic"),
+    [(plain, True), (lambda *a: contrast(*a, 64), False), (lambda *a: contrast(*a, 64, True), False)],
+    ids=["plain", "sorted", "masked"],
+)
 def test_no_tensor_is_quadratic_in_pixels(form, quadratic: bool) -> None:
     inputs = problem(uneven(1000, [5, 2, 8, 255, 1]), channels=8)
     with LargestTensor() as largest:
@@ -201,10 +236,10 @@ def test_no_tensor_is_quadratic_in_pixels(form, quadratic: bool) -> None:
     assert (largest.numel > 100_000) == quadratic  # 64 x 64 and 1000 x 8 against 800 x 800
 
 
-def test_kept_exponentials_stay_within_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("choose", [Sorted.of, Masked])
+def test_kept_exponentials_stay_within_their_budget(choose) -> None:
     features, label, weight = problem(uneven(400, [5, 2, 8, 1]))
-    classes = contrast_kernel._sort_by_class(label)[1]
-    pairs = contrast_tiles.Pairs(features, features, weight[:, None], weight[:, None], classes, tile=16)
+    pairs = choose(label).pairs(features, features, weight[:, None], weight[:, None], tile=16)
     for budget in (0, 1000, 10_000):
         kept = contrast_tiles.sum_negatives(pairs, budget)[1]
         assert sum(tensor.numel() for tensor in kept) <= budget

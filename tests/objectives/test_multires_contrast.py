@@ -69,23 +69,28 @@ CASES = {
     "only ignored pixels inside": problem([3, 3, 7, 7, 255, 255], [0, 0, 0, 0, 1, 1]),
     "all ignored": problem([255] * 5),
 }
+BOTH_CHOICES = pytest.mark.parametrize("masked", [False, True], ids=["sorted", "masked"])
 
 
+@BOTH_CHOICES
 @pytest.mark.parametrize("temperature", [0.05, 1.0])
 @pytest.mark.parametrize("name", CASES)
-def test_equals_the_plain_form(name: str, temperature: float) -> None:
+def test_equals_the_plain_form(name: str, temperature: float, masked: bool) -> None:
     expected = value_and_gradients(plain, CASES[name], temperature)
-    actual = value_and_gradients(multires_contrast, CASES[name], temperature)
+    actual = value_and_gradients(multires_contrast, CASES[name], temperature, 0, masked)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("tile", [1, 7, 32, 1000])
+@BOTH_CHOICES
+@pytest.mark.parametrize("tile", [3, 7, 32, 1000])
 @pytest.mark.parametrize("name", ["uneven classes", "everything inside"])
-def test_tiles_and_kept_exponentials_do_not_matter(name: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_and_kept_exponentials_do_not_matter(
+    name: str, tile: int, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = value_and_gradients(plain, CASES[name], 0.3)
     for budget in (0, 300, 10_000):
         monkeypatch.setattr(contrast_tiles, "KEPT", budget)
-        actual = value_and_gradients(multires_contrast, CASES[name], 0.3, tile)
+        actual = value_and_gradients(multires_contrast, CASES[name], 0.3, tile, masked)
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-13)
 
 
@@ -118,9 +123,10 @@ def test_a_mix_of_one_everywhere_reads_the_context_as_anchors_only() -> None:
     torch.testing.assert_close(value, contrast(features, label, weight, 0.5) / 2, rtol=1e-13, atol=0)
 
 
-def test_nothing_to_contrast_is_exactly_zero_and_connected() -> None:
+@BOTH_CHOICES
+def test_nothing_to_contrast_is_exactly_zero_and_connected(masked: bool) -> None:
     for label in ([255] * 4, [4] * 4, [0, 1, 2, 3]):
-        value, *gradients = value_and_gradients(multires_contrast, problem(label, 1.0), 1.0)
+        value, *gradients = value_and_gradients(multires_contrast, problem(label, 1.0), 1.0, 0, masked)
         assert value == 0
         assert not any(gradient.any() for gradient in gradients)
 
@@ -139,15 +145,16 @@ def test_repeats_exactly() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@BOTH_CHOICES
 @pytest.mark.parametrize("filling", [0.0, 1e30, torch.nan])
-def test_detail_and_mix_outside_the_crop_and_ignored_pixels_have_no_influence(filling: float) -> None:
+def test_detail_and_mix_outside_the_crop_and_ignored_pixels_have_no_influence(filling: float, masked: bool) -> None:
     features, detail, inside, mix, label, weight = CASES["uneven classes"]
-    expected = value_and_gradients(multires_contrast, CASES["uneven classes"], 0.3)
+    expected = value_and_gradients(multires_contrast, CASES["uneven classes"], 0.3, 0, masked)
     unused = ~inside | (label == 255)
     assert unused.any()
     detail, mix = torch.where(unused[:, None], filling, detail), torch.where(unused, filling, mix)
     features = torch.where((label == 255)[:, None], filling, features)
-    actual = value_and_gradients(multires_contrast, (features, detail, inside, mix, label, weight), 0.3)
+    actual = value_and_gradients(multires_contrast, (features, detail, inside, mix, label, weight), 0.3, 0, masked)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     assert not actual[2][unused].any()
     assert not actual[3][unused].any()
@@ -164,6 +171,12 @@ def test_detail_of_length_zero_is_similar_to_none_and_gets_no_gradient() -> None
     torch.testing.assert_close(actual[2][some], expected[2][some], rtol=1e-10, atol=1e-13)
     for i in (0, 1, 3):
         torch.testing.assert_close(actual[i], expected[i], rtol=1e-10, atol=1e-13)
+
+
+def test_off_the_cpu_nothing_is_read_back() -> None:
+    inputs = tuple(tensor.to("meta") for tensor in CASES["uneven classes"])
+    value, *gradients = value_and_gradients(multires_contrast, inputs, 0.3)
+    assert value.device.type == "meta" and [g.shape for g in gradients] == [inputs[i].shape for i in (0, 1, 3)]
 
 
 def test_gradients_agree_with_finite_differences() -> None:
@@ -190,13 +203,14 @@ def test_one_input_alone_may_need_its_gradient(leaf: int) -> None:
     torch.testing.assert_close(torch.autograd.grad(multires_contrast(*inputs, 1.0), inputs[leaf])[0], expected)
 
 
+@BOTH_CHOICES
 @pytest.mark.parametrize("temperature", [0.02, 0.1, 1.0])
-def test_float32_agrees(temperature: float) -> None:
+def test_float32_agrees(temperature: float, masked: bool) -> None:
     features, detail, inside, mix, label, weight = (x.float() if x.is_floating_point() else x for x in problem(UNEVEN))
     single = (features, detail, inside, mix, label, weight)
     double = tuple(x.double() if x.is_floating_point() else x for x in single)
     expected = value_and_gradients(plain, double, temperature)
-    actual = value_and_gradients(multires_contrast, single, temperature)
+    actual = value_and_gradients(multires_contrast, single, temperature, 0, masked)
     assert all(tensor.dtype == torch.float32 for tensor in actual)
     for ours, exact in zip(actual, expected, strict=True):
         assert (ours - exact).abs().max() <= 1e-4 * exact.abs().max()

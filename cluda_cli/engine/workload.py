@@ -1,0 +1,69 @@
+"""A run to be measured: the cost of the settings' own, without weights to fetch, data to have, or learning."""
+
+import itertools
+from collections.abc import Generator
+
+import torch
+from torch import Tensor
+
+from cluda_cli.data.index import Index
+from cluda_cli.data.streams import Batch, batches
+from cluda_cli.data.synthetic import synthetic_batch, synthetic_labels
+from cluda_cli.engine.run import Run
+from cluda_cli.seeds import derive_seed
+from cluda_cli.settings import Settings
+
+SURE = 0.5  # share of the pixels of which a teacher is sure in the midst of training
+
+
+def busiest_step(settings: Settings) -> int:
+    """The step from which all that begins later in the run is on."""
+    starts = [objective.start for _, objective in settings.objectives if objective]
+    starts.append(settings.mixing.uncertain_detail_from or 0)
+    return max((start for start in starts if start < settings.training.steps), default=0)
+
+
+def measurable(settings: Settings, steps: int) -> Settings:
+    """Settings of the same cost with random encoder weights, at least so many steps, and no learning.
+
+    A random network may diverge at a rate that suits a pretrained one. They are not validated again, because a feature
+    distance to random weights, which costs the same, is refused there for good reason.
+    """
+    model = settings.model.model_copy(update={"weights": False})
+    optimizer = settings.optimizer.model_copy(update={"lr": 1e-12})
+    training = settings.training.model_copy(update={"steps": max(steps, settings.training.steps)})
+    return settings.model_copy(update={"model": model, "optimizer": optimizer, "training": training})
+
+
+def batch_stream(
+    settings: Settings, source: Index, target: Index | None, first: int, device: torch.device
+) -> Generator[Batch, None, None]:
+    """Batches of the datasets, or one synthetic batch again and again."""
+    pin_memory = device.type == "cuda"
+    if target:
+        data, training = settings.data, settings.training
+        return batches(source, target, data, training.seed, first, training.steps, pin_memory)
+    batch = synthetic_batch(settings.data, len(source.classes), generator(settings, "bench batch"))
+    return (each for each in itertools.repeat(batch.pin_memory() if pin_memory else batch))
+
+
+def label_believably(run: Run) -> None:
+    """Replace the teacher's pseudo-labels and their weights, once it has made them, by those of a street.
+
+    A random network labels nearly everything alike and is sure of nothing, and what a contrast costs depends on the
+    sizes of the classes.
+    """
+    data, honest = run.settings.data, run.teacher.pseudo_labels
+    drawn = generator(run.settings, "bench pseudo-labels")
+    labels = synthetic_labels(data.batch_size, data.crop, len(run.classes), drawn).long().to(run.device)  # B H W
+
+    def pseudo_labels(image: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        honest(image, valid)
+        return labels[torch.arange(len(image), device=run.device) % len(labels)], SURE * valid.float()
+
+    run.teacher.pseudo_labels = pseudo_labels
+
+
+def generator(settings: Settings, purpose: str) -> torch.Generator:
+    """For numbers of a measurement."""
+    return torch.Generator().manual_seed(derive_seed(settings.training.seed, purpose))

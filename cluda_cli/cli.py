@@ -1,12 +1,13 @@
 """The commands: each parses, loads settings and calls one verb. Torch is imported inside commands only."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from cluda_cli import __version__, console
+from cluda_cli import __version__, console, launch
 from cluda_cli.errors import CludaError, EnvironmentProblem, Interrupted, SettingsError
 
 # \b keeps the line breaks of a paragraph in the help.
@@ -15,6 +16,7 @@ Examples:
   cluda train --preset demo               adapt to embedded demo data
   cluda prepare gta
   cluda prepare cityscapes
+  cluda bench --preset daformer-cluda     what that will take on this device
   cluda train --preset daformer-cluda     GTA5 -> Cityscapes, as in the paper
   cluda eval --ckpt runs/demo/best.safetensors
   cluda predict images/                   with the newest run's best weights
@@ -101,12 +103,22 @@ def prepare(
     data_root: DataRoot = None,
     check: Annotated[bool, typer.Option("--check", help="Only look and report; write nothing.")] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out what is wrong instead of refusing.")] = False,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HxW",
+            help="Also store training images uncompressed, for fast loading, at the size of a run: the height and "
+            "width of its data.source_box or data.target_box, as 760x1280, or `original`.",
+        ),
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes.  [default: one per core]")] = None,
 ) -> None:
     """Check a dataset, map its labels to train ids and index it."""
+    if check and cache:
+        raise SettingsError("--check and --cache exclude each other", "prepare", "give one of them")
     from cluda_cli.prepare import prepare
 
-    prepare(dataset, data_root or Path("data"), check=check, skip_bad=skip_bad, workers=workers)
+    prepare(dataset, data_root or Path("data"), check=check, skip_bad=skip_bad, cache=cache, workers=workers)
 
 
 @app.command()
@@ -119,6 +131,9 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="GPUs of this machine to train on, or CPU processes.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in the folder, or the newest run.")
     ] = False,
@@ -130,11 +145,13 @@ def train(
         raise SettingsError("--resume and --overwrite exclude each other", "train", "give one of them")
     from cluda_cli import presets
 
-    named: dict[str, dict[str, Any]] = {
-        "data": {"source": source, "target": target, "root": str(data_root) if data_root else None},
-        "training": {"seed": seed, "steps": steps, "device": device},
-    }
-    options = {section: {k: v for k, v in values.items() if v is not None} for section, values in named.items()}
+    place = launch.place()
+    if place and not place.talks:
+        console.mute()
+    if place and devices not in (None, place.world_size):
+        what = f"--devices {devices}, but torchrun started {place.world_size} processes"
+        raise SettingsError(what, "train", "leave --devices out")
+    options = _options(source, target, data_root, {"seed": seed, "steps": steps, "device": device})
     folder = run or _default_folder(preset or [], resume)
     if resume:
         if preset:
@@ -143,9 +160,49 @@ def train(
     else:
         settings = presets.load(preset or [], options, set_ or [])
 
+    if devices and devices > 1 and place is None:  # all processes take the folder that was found here
+        raise typer.Exit(launch.launch(devices, [*sys.argv[1:], "--run", str(folder)]))
     from cluda_cli.train import train
 
     train(settings, folder, resume=resume, overwrite=overwrite)
+
+
+@app.command(short_help="Measure a step: time by part, memory, hours of the run.")
+def bench(
+    preset: Presets = None,
+    source: Annotated[str | None, typer.Option(help="Labelled dataset, read with --data.  [default: gta]")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Unlabelled dataset, read with --data.  [default: cityscapes]")
+    ] = None,
+    data_root: DataRoot = None,
+    data: Annotated[
+        bool, typer.Option("--data", help="Use the prepared datasets, and measure loading and validation too.")
+    ] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to time; each of two measurements takes as many.")] = 10,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = None,
+    as_json: AsJson = False,
+    set_: Overrides = None,
+) -> None:
+    """Measure before a run what it will take: step time by part, images/s, memory, the largest batch, hours.
+
+    Fetches no weights, needs no data and writes nothing.
+    """
+    from cluda_cli import presets
+
+    settings = presets.load(preset or [], _options(source, target, data_root, {"device": device}), set_ or [])
+
+    from cluda_cli.bench import bench
+
+    bench(settings, steps=steps, prepared=data, as_json=as_json)
+
+
+def _options(
+    source: str | None, target: str | None, data_root: Path | None, training: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """The tree of settings of the named options that were given."""
+    root = str(data_root) if data_root else None
+    named = {"data": {"source": source, "target": target, "root": root}, "training": training}
+    return {section: {k: v for k, v in values.items() if v is not None} for section, values in named.items()}
 
 
 def _default_folder(preset: list[str], resume: bool) -> Path:

@@ -20,13 +20,26 @@ PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no termin
 
 
 _live: "Console | None" = None  # that of the bar on the screen, above which lines have to be printed
+_muted = False
+
+
+def mute() -> None:
+    """Say nothing on stderr from now on, errors included: another process of the run says the same."""
+    global _muted
+    _muted = True
+
+
+def unmute() -> None:
+    """Talk again."""
+    global _muted
+    _muted = False
 
 
 def stderr() -> "Console":
     """The console of the bar on the screen, else a fresh one, so that redirection of sys.stderr is respected."""
     from rich.console import Console
 
-    return _live or Console(stderr=True, highlight=False, soft_wrap=True)
+    return _live or Console(stderr=True, quiet=_muted, highlight=False, soft_wrap=True)
 
 
 def stdout() -> "Console":
@@ -98,7 +111,7 @@ class Progress:
         self._bar: Any = None
 
     def __enter__(self) -> "Progress":
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not _muted:
             from rich import progress
 
             self._bar = progress.Progress(

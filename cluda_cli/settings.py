@@ -255,6 +255,8 @@ class Training(Section):
     """bfloat16 runs the networks under autocast on a GPU; losses stay in float32, and a CPU ignores it."""
     compile: bool = False
     """Compile the student with torch.compile on a GPU; a CPU ignores it."""
+    shard: bool = False
+    """Spread parameters, gradients and moments over the devices of a run (FSDP2), for encoders too large for one."""
     log_every: int = Field(50, ge=1)
     """Steps between lines of metrics.jsonl."""
     validate_every: int = Field(4000, ge=1)
@@ -311,6 +313,8 @@ class Settings(Section):
             problems.append("evaluation.stride is larger than evaluation.window, which leaves gaps between windows")
         if self.mixing.blur_sigma[0] > self.mixing.blur_sigma[1]:
             problems.append("mixing.blur_sigma must be (smallest, largest)")
+        if self.training.shard and self.training.compile:
+            problems.append("training.shard and training.compile exclude each other; set one of them to false")
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cluda_cli import console
+from cluda_cli import console, parallel
 from cluda_cli.data import index as prepared
 from cluda_cli.data.index import Index
 from cluda_cli.data.streams import Batch, batches
@@ -21,32 +21,38 @@ from cluda_cli.engine.device import pick_device
 from cluda_cli.engine.folder import RunFolder
 from cluda_cli.engine.pictures import write_pictures
 from cluda_cli.engine.run import Run
+from cluda_cli.engine.sharding import gathered
 from cluda_cli.engine.step import training_step
 from cluda_cli.errors import CludaError, Interrupted
 from cluda_cli.evaluate import announce_classes, score
 from cluda_cli.models.multires import MultiResolution
 from cluda_cli.settings import Settings
 
+ECHO = 1.0
+"""Seconds in which a request to stop that reaches a process twice is one."""
+
 
 def train(settings: Settings, folder: Path, *, resume: bool = False, overwrite: bool = False) -> None:
     """Train to the last step and leave settings, manifest, metrics, pictures, state and weights in `folder`.
 
+    Started by torchrun, this is one of the processes that train the run together.
+
     Raises SettingsError for a folder that exists, RunError for a non-finite loss, Interrupted after Ctrl-C or SIGTERM,
     DataError for a file that turns out bad. Once the run has begun, its state is saved before any of them.
     """
-    device = pick_device(settings.training.device)
-    source = _dataset(settings.data.source, settings.data.root)
-    target = _dataset(settings.data.target, settings.data.root)
+    with parallel.joined():
+        _train(settings, folder, resume, overwrite)
+
+
+def _train(settings: Settings, folder: Path, resume: bool, overwrite: bool) -> None:
+    """`train`, among the processes of the run."""
     files = RunFolder(folder)
-    if not resume:
-        files.refuse_taken(overwrite)
-    if target.labelled("val"):
-        announce_classes(target.classes, source.classes)
-    run = Run(settings, source, device)
-    if resume:
-        files.resume(run, source, target)
-    steps, pin_memory = settings.training.steps, device.type == "cuda"
-    stream = batches(source, target, settings.data, settings.training.seed, run.step, steps, pin_memory)
+    with parallel.together():
+        if not parallel.rank():
+            _make_demo(settings)
+    with parallel.together():
+        run, source, target, stream = _build(settings, files, resume, overwrite)
+    steps = settings.training.steps
     with _StopRequest() as stop:
         if not resume:  # only now, when all that can be wrong with settings and data has been found
             files.begin(run, source, target)
@@ -69,6 +75,27 @@ def train(settings: Settings, folder: Path, *, resume: bool = False, overwrite: 
     _conclude(run, files)
 
 
+def _build(
+    settings: Settings, files: RunFolder, resume: bool, overwrite: bool
+) -> tuple[Run, Index, Index, Generator[Batch, None, None]]:
+    """The run at its step, both datasets, and the batches from there on; writes nothing but to resume."""
+    data, training = settings.data, settings.training
+    positions = parallel.positions(data.batch_size)
+    device = pick_device(parallel.device_name(training.device))
+    source, target = (prepared.find(name, data.root) for name in (data.source, data.target))
+    if not resume:
+        files.refuse_taken(overwrite)
+    if target.labelled("val"):
+        announce_classes(target.classes, source.classes)
+    run = Run(settings, source, device)
+    if resume:
+        files.resume(run, source, target)
+    pin_memory = device.type == "cuda"
+    return run, source, target, batches(
+        source, target, data, training.seed, run.step, training.steps, pin_memory, positions
+    )  # fmt: skip
+
+
 def _loop(
     run: Run, files: RunFolder, target: Index, stream: Generator[Batch, None, None], stop: "_StopRequest"
 ) -> None:
@@ -79,7 +106,7 @@ def _loop(
         while True:
             if _due(run.step, training.save_every, steps):
                 files.save(run)
-            if stop.requested:
+            if parallel.any_of(stop.requested):
                 raise _StopAsked
             if labelled and _due(run.step, training.validate_every, steps) and run.validated < run.step:
                 with progress.paused():
@@ -87,7 +114,8 @@ def _loop(
                 files.save(run)
             if run.step == steps:
                 return
-            batch = next(stream).to(run.device)
+            with parallel.together():
+                batch = next(stream).to(run.device)
             result = training_step(run, batch)
             note = ""
             if _due(run.step, training.log_every, steps) or run.step == 1:
@@ -105,7 +133,7 @@ def _due(step: int, every: int, steps: int) -> bool:
 def _validate(run: Run, files: RunFolder, target: Index, stop: "_StopRequest") -> None:
     """Score the evaluated network on the target's val split; keep its weights if it is the best so far."""
     settings, data = run.settings, run.settings.data
-    with stop.immediate():
+    with stop.immediate(), gathered(run.evaluated):
         scores = score(
             run.evaluated, target, "val", run.classes, run.seen, data.target_box, settings.evaluation, run.device
         )
@@ -129,22 +157,24 @@ def _log(run: Run, files: RunFolder, terms: dict[str, torch.Tensor]) -> str:
     return f"loss {sum(weights[name.split('/')[1]] * value for name, value in values.items()):.3f}"
 
 
-def _dataset(name: str, root: Path) -> Index:
-    """A prepared dataset; the demo is made on the spot, because nothing has to be fetched for it."""
-    if name in {"demo-render", "demo-camera"} and not (root / "prepared" / name / "index.json").is_file():
+def _make_demo(settings: Settings) -> None:
+    """Prepare the demo on the spot where it is wanted and missing, because nothing has to be fetched for it."""
+    data = settings.data
+    wanted = {data.source, data.target} & {"demo-render", "demo-camera"}
+    if any(not (data.root / "prepared" / name / "index.json").is_file() for name in wanted):
         from cluda_cli.prepare import prepare
 
         with redirect_stdout(sys.stderr):  # here the report is talk
-            prepare("demo", root)
-    return prepared.find(name, root)
+            prepare("demo", data.root)
 
 
 def _announce(run: Run, folder: Path, source: Index, target: Index) -> None:
     """Say once what was derived, and warn of settings that have no effect."""
     settings, training = run.settings, run.settings.training
     parameters = sum(p.numel() for p in run.student.parameters()) / 1e6
+    devices = f"{parallel.world_size()} x {run.device.type}" if parallel.world_size() > 1 else str(run.device)
     console.info(
-        f"{source.name} -> {target.name}, {settings.model.encoder}, {parameters:.1f} M parameters, on {run.device}"
+        f"{source.name} -> {target.name}, {settings.model.encoder}, {parameters:.1f} M parameters, on {devices}"
     )
     console.info(run.weights.summary() if run.weights else "encoder starts from random weights")
     if isinstance(run.student, MultiResolution):
@@ -164,6 +194,8 @@ def _announce(run: Run, folder: Path, source: Index, target: Index) -> None:
         )
     if not target.labelled("val"):
         console.warn(f"{target.name} has no labelled val split: nothing is validated, only last.safetensors is written")
+    if training.shard and parallel.world_size() == 1:
+        console.warn("training.shard has no effect on one device")
     if run.device.type == "cpu" and (training.compile or training.precision == "bfloat16"):
         console.warn("training.compile and training.precision=bfloat16 are ignored on the CPU")
 
@@ -185,10 +217,15 @@ class _StopAsked(Exception):  # noqa: N818  a request is no error
 
 
 class _StopRequest:
-    """Ctrl-C and SIGTERM: the first asks the loop to stop after its step, the second stops at once."""
+    """Ctrl-C and SIGTERM: the first asks the loop to stop after its step, the second stops at once.
+
+    Of several processes, all stop after the step in which one was asked. What reaches them all at once from a terminal
+    or a scheduler, and what their launcher passes on, count as one request.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self._since = 0.0
         self._immediate = False
         self._previous: dict[int, Any] = {}
 
@@ -205,14 +242,16 @@ class _StopRequest:
         if self._immediate:
             raise _StopAsked
         if self.requested:
+            if parallel.world_size() > 1 and time.monotonic() - self._since < ECHO:
+                return
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested, self._since = True, time.monotonic()
         console.info("stopping after this step; once more stops at once")
 
     @contextmanager
     def immediate(self) -> Iterator[None]:
-        """While the run's state does not change (validation), one request is enough to stop."""
-        self._immediate = True
+        """While the run's state does not change (validation), one request is enough to stop; alone, not together."""
+        self._immediate = parallel.world_size() == 1
         try:
             yield
         finally:

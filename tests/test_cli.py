@@ -24,7 +24,7 @@ def test_no_arguments_print_help_with_examples():
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 @pytest.mark.parametrize(
-    "command", ["prepare", "train", "pseudo-label", "eval", "predict", "import-weights", "presets"]
+    "command", ["prepare", "train", "bench", "pseudo-label", "eval", "predict", "import-weights", "presets"]
 )
 def test_every_command_has_both_helps(command, flag):
     result = run(app, [command, flag])

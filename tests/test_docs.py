@@ -25,7 +25,7 @@ from cluda_cli.models.segmenter import Output
 REPOSITORY = Path(__file__).parent.parent
 ALL_PAGES = ["README.md", *sorted(str(p.relative_to(REPOSITORY)) for p in REPOSITORY.glob("docs/**/*.md"))]
 PAGES = ["README.md", "docs/training.md", "docs/own-data.md", "docs/evaluation.md", "docs/results.md"]
-# Laid over every shown `train`, so that it takes seconds; the method stays the one that is shown.
+# Laid over every shown `train` and `bench`, so that it takes seconds; the method stays the one that is shown.
 TINY = [
     *("data.crop=[48,64]", "data.source_box=[48,80]", "data.target_box=[48,80]", "data.workers=0"),
     *("data.target_margins=[0,0,0,0]", "model.encoder=mobilenetv2_050", "model.weights=false"),
@@ -79,9 +79,9 @@ def workplace(tmp_path, monkeypatch):
 
 
 def run(line: str) -> None:
-    """Run one shown command; `&&` joins several. A `train` is made tiny by the last settings."""
+    """Run one shown command; `&&` joins several. A `train` or `bench` is made tiny by the last settings."""
     for part in line.split(" && "):
-        if part.startswith("cluda train"):
+        if part.startswith(("cluda train", "cluda bench")):
             part += "".join(f" --set {setting}" for setting in TINY)
         result = CliRunner().invoke(app, shlex.split(part)[1:])
         assert result.exit_code == 0, f"{part}: {result.stderr}"
@@ -96,7 +96,8 @@ def test_every_shown_command_runs(workplace):
                 run(line)
                 done.add(line)
     assert len(done) > 15
-    assert {line.split()[1] for line in done} == {"prepare", "train", "pseudo-label", "eval", "predict", "presets"}
+    verbs = {"prepare", "train", "bench", "pseudo-label", "eval", "predict", "presets"}
+    assert {line.split()[1] for line in done} == verbs
 
 
 def test_the_readme_names_what_ci_runs():

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cluda_cli import parallel
+
 
 def block_mask(count: int, size: tuple[int, int], block: int, ratio: float, generator: torch.Generator) -> Tensor:
     """Where images stay visible, in square blocks of about `block` pixels.  # B H W, bool
@@ -15,5 +17,5 @@ def block_mask(count: int, size: tuple[int, int], block: int, ratio: float, gene
     blocks all the same, whose sides then differ by a pixel.
     """
     grid = [max(round(side / block), 1) for side in size]
-    visible = torch.rand(count, 1, *grid, generator=generator) > ratio
+    visible = parallel.own(torch.rand(parallel.joint(count), 1, *grid, generator=generator)) > ratio
     return F.interpolate(visible.float(), size, mode="nearest")[:, 0].bool()

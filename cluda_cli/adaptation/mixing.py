@@ -7,18 +7,23 @@ device mixes the same pixels; nothing is read back from the device.
 import torch
 from torch import Tensor
 
+from cluda_cli import parallel
+
 NUM_IDS = 256  # of labels stored in a byte, IGNORE included
 
 
 def choose_classes(label: Tensor, generator: torch.Generator) -> Tensor:
     """For every image a random half of the classes in the batch: label (B H W, ids 0..255) -> B 256, bool.
 
-    The classes are those of the whole batch, IGNORE counts as one, and a half is rounded up. So an image may lose more
-    than half of its own classes; this is how the published results were made (DACS takes the classes of each image).
+    The classes are those of the joint batch of all processes, IGNORE counts as one, and a half is rounded up. So an
+    image may lose more than half of its own classes; this is how the published results were made (DACS takes the
+    classes of each image).
     """
     present = torch.zeros(NUM_IDS, dtype=torch.bool, device=label.device)
     present.scatter_(0, label.flatten().long(), True)
-    score = torch.rand(len(label), NUM_IDS, generator=generator).to(label.device, non_blocking=True)
+    present = parallel.anywhere(present)
+    score = parallel.own(torch.rand(parallel.joint(len(label)), NUM_IDS, generator=generator))
+    score = score.to(label.device, non_blocking=True)
     score = score.masked_fill(~present, torch.inf)
     rank = score.argsort(dim=1, stable=True).argsort(dim=1)  # B 256, 0 = smallest score
     return rank < (present.sum() + 1) // 2

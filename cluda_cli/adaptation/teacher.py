@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cluda_cli import settings
+from cluda_cli import parallel, settings
 from cluda_cli.models.segmenter import Segmenter
 
 
@@ -36,11 +36,19 @@ class Teacher(nn.Module):
         return self
 
     @torch.no_grad()
-    def update(self, student: Segmenter, step: int) -> None:
-        """Move the parameters towards the student's after `step` (>= 1) finished optimizer steps."""
-        torch._foreach_lerp_(
-            list(self.network.parameters()), list(student.parameters()), 1 - ema_decay(step, self.decay)
-        )
+    def update(self, student: Segmenter, step: int, wanted: Tensor | None = None) -> None:
+        """Move the parameters towards the student's after `step` (>= 1) finished optimizer steps.
+
+        `wanted` is a boolean on the device of the parameters that says whether to, without being read.
+        """
+        own, others = list(self.network.parameters()), list(student.parameters())
+        share = 1 - ema_decay(step, self.decay)
+        if wanted is None:
+            torch._foreach_lerp_(own, others, share)
+        else:
+            way = torch._foreach_sub(others, own)
+            torch._foreach_mul_(way, wanted * share)
+            torch._foreach_add_(own, way)
 
     @torch.no_grad()
     def pseudo_labels(self, image: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,10 +75,11 @@ def ema_decay(step: int, cap: float) -> float:
 def labels_and_weights(logits: Tensor, confidence: float, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Pseudo-labels and their weights from logits (B K h w), at the size of `valid` (B H W, bool or 0..1).
 
-    The label is the most probable class (B H W, int64). The weight (B H W, float32) is one number for the batch, times
-    `valid`: the share of all pixels, valid or not, whose probability is at least `confidence` (DAFormer, section 3.1).
+    The label is the most probable class (B H W, int64). The weight (B H W, float32) is one number for the joint batch
+    of all processes, times `valid`: the share of all pixels, valid or not, whose probability is at least `confidence`
+    (DAFormer, section 3.1).
     """
     logits = F.interpolate(logits.float(), valid.shape[-2:], mode="bilinear", align_corners=False)  # B K H W
     probability, label = logits.softmax(dim=1).max(dim=1)  # B H W
-    share = (probability >= confidence).float().mean()
+    share = parallel.mean((probability >= confidence).float().mean())
     return label, share * valid.float()

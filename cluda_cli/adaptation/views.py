@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from cluda_cli import settings
+from cluda_cli import parallel, settings
 from cluda_cli.adaptation.masking import block_mask
 from cluda_cli.adaptation.mixing import choose_classes, class_mix
 from cluda_cli.adaptation.photometric import strong_augment
@@ -110,8 +110,16 @@ def _mask(
     image = strong_augment(target.image, mixing, generator) if masking.augment else target.image
     label, weight = target.label, target.weight
     if masking.with_source:
-        from_source, from_target = slice(len(image) // 2), slice((len(image) + 1) // 2)
-        image = torch.cat([source.image[from_source], image[from_target]])
-        label = torch.cat([source.label[from_source], label[from_target]])
-        weight = torch.cat([source.weight[from_source], weight[from_target]])
-    return Domain(image * visible.to(image.device)[:, None], label, weight)
+        image = _first_halves(source.image, image)
+        label = _first_halves(source.label, label)
+        weight = _first_halves(source.weight, weight)
+    return Domain(image * visible.to(image.device, non_blocking=True)[:, None], label, weight)
+
+
+def _first_halves(source: Tensor, target: Tensor) -> Tensor:
+    """The first half of the source's rows, then the first half of the target's, the middle one included.
+
+    Halves are those of the joint batch, so that rows of other processes may be needed.
+    """
+    source, target = parallel.gather(source), parallel.gather(target)
+    return parallel.own(torch.cat([source[: len(source) // 2], target[: (len(target) + 1) // 2]]))

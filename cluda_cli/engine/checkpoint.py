@@ -14,8 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from cluda_cli import __version__, presets
+from cluda_cli import __version__, parallel, presets
 from cluda_cli.data.labels import ClassTable
+from cluda_cli.engine.sharding import whole
 from cluda_cli.errors import CludaError, DataError, EnvironmentProblem, first_line
 from cluda_cli.files import atomic
 from cluda_cli.models.multires import build_segmenter
@@ -52,7 +53,7 @@ def save_weights(
     network_name: str,
     step: int,
 ) -> None:
-    """Write one network with all that is needed to run it, atomically."""
+    """Write one network with all that is needed to run it, atomically; of several processes the first one writes."""
     description = {
         "format": FORMAT,
         "version": __version__,
@@ -62,7 +63,9 @@ def save_weights(
         "network": network_name,
         "step": step,
     }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in whole(network.state_dict()).items()}
+    if parallel.rank():
+        return
     with _writing(path) as temporary:
         save_file(tensors, temporary, metadata={"cluda": json.dumps(description)})
 

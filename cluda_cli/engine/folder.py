@@ -1,5 +1,7 @@
 """The folder of a run: what lies in it, when each file appears, and what a resumed run takes from it.
 
+Of several processes all read, and the first one writes.
+
 settings.json      resolved settings, a valid preset        manifest.json      versions, data, hashes
 metrics.jsonl      a line per log and per validation        pictures/          what steps saw
 best.safetensors   weights with the best validation         last.safetensors   weights of the last save
@@ -18,7 +20,7 @@ import timm
 import torch
 import torchvision
 
-from cluda_cli import __version__
+from cluda_cli import __version__, parallel
 from cluda_cli.data.index import Index
 from cluda_cli.engine.checkpoint import load_state, save_state, save_weights
 from cluda_cli.engine.run import Run
@@ -48,11 +50,14 @@ class RunFolder:
 
     def begin(self, run: Run, source: Index, target: Index) -> None:
         """Make the folder that of a new run, with a state from which a run killed early resumes too."""
+        state = run.state_dict()
+        if parallel.rank():
+            return
         for leftover in [self.metrics, self.best, self.last, self.state, *self.pictures.glob("*.png")]:
             leftover.unlink(missing_ok=True)
         write_json(self.manifest, _manifest(run, source, target))
         self._settle(run)
-        save_state(self.state, run.state_dict())
+        save_state(self.state, state)
 
     def resume(self, run: Run, source: Index, target: Index) -> None:
         """Bring a run to its last saved state and the folder's files to its step.
@@ -78,6 +83,8 @@ class RunFolder:
             raise SettingsError(
                 f"the run is at step {run.step}, beyond {steps}", "training.steps", "give a larger --steps"
             )
+        if parallel.rank():
+            return
         if self.metrics.is_file():  # what was written after the saved state will be written again
             lines = [line for line in self.metrics.read_text(encoding="utf-8").splitlines() if _belongs(line, run)]
             write_text(self.metrics, "".join(line + "\n" for line in lines))
@@ -92,7 +99,9 @@ class RunFolder:
     def save(self, run: Run) -> None:
         """Last weights and resumable state; the state comes last, because the weights follow from it."""
         self._save_weights(run, self.last)
-        save_state(self.state, run.state_dict())
+        state = run.state_dict()
+        if not parallel.rank():
+            save_state(self.state, state)
 
     def save_best(self, run: Run) -> None:
         self._save_weights(run, self.best)
@@ -103,6 +112,8 @@ class RunFolder:
 
     def log(self, line: dict[str, Any]) -> None:
         """Append a line to the metrics; NaN becomes null, which every JSON reader accepts."""
+        if parallel.rank():
+            return
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(line)) + "\n")
 
@@ -134,6 +145,7 @@ def _manifest(run: Run, source: Index, target: Index) -> dict[str, Any]:
         "versions": versions,
         "commit": _commit(),
         "device": str(run.device),
+        "devices": parallel.world_size(),
         "gpu": gpu,
         "platform": platform.platform(),
         "weights": weights,

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from cluda_cli import parallel
 from cluda_cli.adaptation.views import View
 from cluda_cli.data.streams import Batch
 from cluda_cli.data.transforms import denormalise, normalise
@@ -23,13 +24,15 @@ def write_pictures(path: Path, run: Run, batch: Batch, views: Sequence[View]) ->
 
     The prediction is the student's on the target. White frames show where a student of two resolutions looked closely,
     unless it chose the place itself. Columns of views that the step did not make are left out. Nothing of the run
-    changes.
+    changes. Of several processes the first one shows its images.
     """
     colors = torch.tensor(run.classes.palette(), dtype=torch.uint8).view(256, 3)
     rows = []
     by_name = {view.name: view for view in views}
     source, mixed, masked = (by_name.get(name) for name in ("source", "mixed", "masked"))
     prediction = _predict(run, batch)
+    if parallel.rank():
+        return
     for i in range(len(batch.source_image)):
         shown = batch.source_image[i] if source is None else _shown(source, i)
         tiles = [shown, _paint(batch.source_label[i], colors), batch.target_image[i]]

@@ -1,16 +1,21 @@
 """All state of a run in one object: what changes during training is here, and what is here is saved."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 
+from cluda_cli import parallel
 from cluda_cli.adaptation.teacher import Teacher
 from cluda_cli.data.index import Index, seen_classes
 from cluda_cli.engine.optim import build_optimizer
-from cluda_cli.errors import SettingsError
+from cluda_cli.engine.sharding import shard, spread, spread_moments, whole
+from cluda_cli.engine.verdict import Verdict
+from cluda_cli.errors import RunError, SettingsError
 from cluda_cli.models.boxes import Boxes
 from cluda_cli.models.encoders import LoadReport, load_pretrained
+from cluda_cli.models.joint_norm import synchronise
 from cluda_cli.models.multires import build_segmenter
 from cluda_cli.models.segmenter import Output, Segmenter
 from cluda_cli.objectives import build_objectives
@@ -32,16 +37,27 @@ class Run:
             torch.manual_seed(derive_seed(settings.training.seed, "initialise"))
             self.student = build_segmenter(settings.model, settings.data.crop, len(source.classes))
             self.weights: LoadReport | None = load_pretrained(self.student.encoder, settings.model)
+            if device.type == "cuda" and settings.training.precision == "bfloat16" and not settings.training.shard:
+                # Tensor cores read channels last; the teacher and the frozen copy inherit it. FSDP2 refuses it.
+                self.student.encoder.to(memory_format=torch.channels_last)
             self.objectives = build_objectives(settings.objectives, self.student, source.classes)
         self.student.to(device)
         self._try_crop()
         self.objectives.to(device)
+        synchronise(self.student)
+        synchronise(self.objectives)
         compiled = settings.training.compile and device.type == "cuda"
         self.forward: Callable[[torch.Tensor, Boxes | None], Output] = (
             torch.compile(self.student) if compiled else self.student
         )
         self.teacher = Teacher(self.student, settings.teacher)
-        self.optimizer = build_optimizer(self.student, self.objectives, settings.optimizer)
+        sharded = settings.training.shard and parallel.world_size() > 1
+        if sharded:
+            shard((self.student, self.teacher.network), self.objectives, device)
+        self.looks_later = device.type == "cuda" and not sharded
+        """Whether the host looks at the losses of a step only while the device is busy with the next one."""
+        self.optimizer = build_optimizer(self.student, self.objectives, settings.optimizer, fused=self.looks_later)
+        self.pending: Verdict | None = None
         self.step = 0
         self.validated = 0
         self.best: dict[str, float] | None = None
@@ -64,12 +80,22 @@ class Run:
         """The network that is validated and deployed."""
         return self.student if self.settings.evaluation.network == "student" else self.teacher.network
 
+    def settle(self) -> None:
+        """Look at the last step if nobody has; raises RunError, the step not counted, if it was not finite."""
+        verdict, self.pending = self.pending, None
+        if verdict and (error := verdict.error()):
+            self.step -= 1
+            raise error
+
     def state_dict(self) -> dict[str, Any]:
+        """What is worth saving. A last step that turns out to be broken, which had no effect, is not counted."""
+        with suppress(RunError):
+            self.settle()
         return {
-            "student": self.student.state_dict(),
-            "teacher": self.teacher.state_dict(),
-            "objectives": self.objectives.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "student": whole(self.student.state_dict()),
+            "teacher": whole(self.teacher.state_dict()),
+            "objectives": whole(self.objectives.state_dict()),
+            "optimizer": whole(self.optimizer.state_dict()),
             "step": self.step,
             "validated": self.validated,
             "best": self.best,
@@ -78,9 +104,8 @@ class Run:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises SettingsError if the state is of another network or other objectives."""
         try:
-            self.student.load_state_dict(state["student"])
-            self.teacher.load_state_dict(state["teacher"])
-            self.objectives.load_state_dict(state["objectives"])
+            for name, module in (("student", self.student), ("teacher", self.teacher), ("objectives", self.objectives)):
+                module.load_state_dict(spread(state[name], module))
             self._load_optimizer(state["optimizer"])
             self.step, self.validated, self.best = state["step"], state["validated"], state["best"]
         except (RuntimeError, KeyError, ValueError) as error:
@@ -89,11 +114,12 @@ class Run:
             raise SettingsError(f"saved state does not fit the settings ({detail})", "--resume", remedy) from error
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
-        """Moments from the state; rates and decay from the settings, which may have changed on resume."""
-        own = [{key: group[key] for key in ("base_lr", "weight_decay")} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state)
-        for group, values in zip(self.optimizer.param_groups, own, strict=True):
-            group.update(values)
+        """Moments from the state; rates and decay from the settings, which may have changed on resume, and the
+        implementation from the device, which may be another one."""
+        keys = ("base_lr", "weight_decay", "fused")
+        own = [{key: group[key] for key in keys} for group in self.optimizer.param_groups]
+        groups = [group | values for group, values in zip(state["param_groups"], own, strict=True)]
+        self.optimizer.load_state_dict(spread_moments(state | {"param_groups": groups}, self.optimizer))
 
     def buffers(self) -> list[torch.Tensor]:
         """Every buffer that a forward may change."""

@@ -175,7 +175,7 @@ def _predictions(deployed: Deployed, jobs: Sequence[_Job]) -> Iterator[_Predicti
         if isinstance(image, DataError):
             yield image
             continue
-        label, confidence = predict_labels(deployed.network, image, settings.data.target_box, settings.evaluation)
+        label, confidence = predict_labels(deployed.network, image, settings.data.target_box, settings.inference)
         level = (confidence * 255).round().to(torch.uint8)
         yield _Prediction(job, image.permute(1, 2, 0).numpy(), label.cpu().numpy(), level.cpu().numpy())
 

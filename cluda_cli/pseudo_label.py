@@ -134,7 +134,7 @@ def _predictions(deployed: Deployed, index: Index, split: str, threshold: float)
     names = unique_names(Path(item.image).stem for item in items)
     top, bottom, left, right = index.margins
     for item, name, image in zip(items, names, images, strict=True):
-        label, confidence = predict_labels(deployed.network, image, settings.data.target_box, settings.evaluation)
+        label, confidence = predict_labels(deployed.network, image, settings.data.target_box, settings.inference)
         level = (confidence * 255).round().to(torch.uint8)
         height, width = label.shape
         inner = (slice(top, max(height - bottom, 0)), slice(left, max(width - right, 0)))

@@ -165,7 +165,7 @@ def _validation(settings: Settings, run: Run, target: Index | None) -> Validatio
     for _ in range(2):  # the first time is warm-up
         synchronise(run.device)
         began = time.perf_counter()
-        for _ in segment(run.evaluated, [(frame, None)] * images, settings.evaluation):
+        for _ in segment(run.evaluated, [(frame, None)] * images, settings.inference):
             pass
         synchronise(run.device)
     seconds, count = (time.perf_counter() - began) / images, -(-training.steps // training.validate_every)

@@ -50,7 +50,7 @@ def evaluate(
         deployed.classes,
         deployed.seen,
         data.target_box,
-        deployed.settings.evaluation,
+        deployed.settings.inference,
         chosen,
     )
     if not scores.confusion.counts.any():

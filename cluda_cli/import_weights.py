@@ -18,6 +18,7 @@ from cluda_cli.engine.checkpoint import save_weights
 from cluda_cli.errors import DataError, SettingsError
 from cluda_cli.files import sha256
 from cluda_cli.models import weights
+from cluda_cli.models.encoders import COUNTER
 from cluda_cli.models.multires import build_segmenter
 from cluda_cli.models.published import COPIES, Published, class_count, one_network, other_settings
 from cluda_cli.settings import Data, Model, Settings
@@ -29,7 +30,6 @@ NUMPY_SCALARS = [
     *((SCALAR, f"{module}.multiarray.scalar") for module in ("numpy.core", "numpy._core")),
     *(np.dtype, *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64"))),
 ]
-COUNTER = "num_batches_tracked"  # of batch norms; nothing reads it while their momentum is set
 # What a whole preset brings along, where a file differs by more than a number.
 HINTS = {"model.multires": "hrda", "model.deeplab": "dlv2"}
 
@@ -84,6 +84,8 @@ def _free(path: Path, out: Path | None, overwrite: bool) -> Path:
     if not path.is_file():
         raise DataError("no such file", path, "give the checkpoint's .pth or .safetensors")
     chosen = out or path.with_suffix(".safetensors")
+    if chosen.is_dir():
+        raise SettingsError("is a folder", chosen, "name a file with --out")
     if chosen.exists() and chosen.samefile(path):
         raise SettingsError("would replace the file that is imported", chosen, "name another with --out")
     if chosen.exists() and not overwrite:

@@ -192,7 +192,7 @@ def _predictions(
                 yield found[0], (job, found[1])
 
     wanted = "confidence" in outputs
-    for (job, image), label, confidence in segment(deployed.network, frames(), settings.evaluation, confidence=wanted):
+    for (job, image), label, confidence in segment(deployed.network, frames(), settings.inference, confidence=wanted):
         level = None if confidence is None else Fetched((confidence * 255).round().to(torch.uint8))
         yield _Prediction(job, image, Fetched(label), level)
 

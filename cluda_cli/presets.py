@@ -4,10 +4,9 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from cluda_cli import console
 from cluda_cli.errors import SettingsError, nearest
@@ -154,11 +153,8 @@ def _dump(tree: dict[str, Any], path: str, changed: dict[str, tuple[Any, Any]], 
             default = changed[dotted][0]
             mark = "  # default: unset" if default is None else f"  # default: {json.dumps(default)}"
         if value is None:
-            # TOML has no null: an optional part is false when off, any other unset value is left out.
-            if _is_switch(dotted):
-                lines.append(f"{key} = false{'  # default: on' if _on_by_default(dotted) else mark}")
-            else:
-                lines.append(f"# {key} is unset")
+            # TOML has no null: false switches an optional part off and leaves a value unset.
+            lines.append(f"{key} = false{'  # default: on' if _on_by_default(dotted) else mark}")
             continue
         lines.append(f"{key} = {json.dumps(value)}{mark}")
     for key, value in tree.items():
@@ -167,24 +163,15 @@ def _dump(tree: dict[str, Any], path: str, changed: dict[str, tuple[Any, Any]], 
 
 
 def _default_at(dotted: str) -> Any:
+    """None also inside a table that is off by default."""
     value: Any = Settings()
     for key in dotted.split("."):
-        value = getattr(value, key)
+        value = getattr(value, key, None)
     return value
 
 
 def _on_by_default(dotted: str) -> bool:
     return isinstance(_default_at(dotted), BaseModel)
-
-
-def _is_switch(dotted: str) -> bool:
-    """Whether null at this path can be written as `false`: its field is a `settings.Optional`."""
-    *tables, last = dotted.split(".")
-    section: Any = Settings
-    for key in tables:
-        annotation = section.model_fields[key].annotation
-        section = next(kind for kind in (get_args(annotation) or (annotation,)) if kind is not NoneType)
-    return any(isinstance(detail, BeforeValidator) for detail in section.model_fields[last].metadata)
 
 
 def _explain(problem: Any) -> str:

@@ -143,7 +143,7 @@ def _predictions(
         return Frame.of(read_image(index.image_path(named[0])), settings.data.target_box, total.device), named
 
     frames = overlapped(read, zip(items, names, strict=True))
-    for (item, name), label, confidence in segment(deployed.network, frames, settings.evaluation, confidence=True):
+    for (item, name), label, confidence in segment(deployed.network, frames, settings.inference, confidence=True):
         assert confidence is not None
         level = (confidence * 255).round().to(torch.uint8)
         height, width = label.shape

@@ -17,7 +17,15 @@ def _switch(value: Any) -> Any:
     return ({} if value else None) if isinstance(value, bool) else value
 
 
+def _value(value: Any) -> Any:
+    """`false` leaves a value unset; `true` is none, though pydantic would take it for 1."""
+    if value is True:
+        raise ValueError("takes a value, or false to leave it unset")
+    return None if value is False else value
+
+
 Optional = Annotated[T | None, BeforeValidator(_switch)]
+Unset = Annotated[T | None, BeforeValidator(_value)]
 Size = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
 Margins = tuple[
     Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]
@@ -33,7 +41,7 @@ class RareClass(Section):
 
     temperature: float = Field(0.01, gt=0)
     """Softmax temperature over (1 - class frequency); large values draw all classes equally often."""
-    min_pixels: int | None = Field(None, ge=0)
+    min_pixels: Unset[Annotated[int, Field(ge=0)]] = None
     """An image is drawn for a class only if it holds more pixels of it, at original size; unset: 3000, or 1.14 % of
     the crop where that is less."""
     min_crop_share: float = Field(1500 / 512**2, ge=0, lt=1)
@@ -68,7 +76,7 @@ class Data(Section):
     """A source crop is redrawn, up to ten times, while one class covers this share of its labelled pixels or more."""
     rare_class: Optional[RareClass] = RareClass()
     """Rare-class sampling; false draws source images uniformly."""
-    target_margins: Margins | None = None
+    target_margins: Unset[Margins] = None
     """Top, bottom, left, right bands of the original target frame without pseudo-labels; unset: the dataset's own."""
 
 
@@ -99,7 +107,7 @@ class MultiResolution(Section):
 
     context_downscale: int = Field(2, ge=2)
     """The context is the whole image, this many times smaller."""
-    detail_crop: Size | None = None
+    detail_crop: Unset[Size] = None
     """Crop seen at full resolution, height x width; unset: half the training crop, in whole cells of the context."""
     attention_dim: int = Field(256, ge=1)
     """Channels of the head that predicts, for each class, where detail is to be trusted."""
@@ -149,14 +157,14 @@ class Mixing(Section):
     """Chance that the images of a step are blurred."""
     blur_sigma: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.15, 1.15)
     """Range of the standard deviation of the blur, pixels."""
-    uncertain_detail_from: int | None = Field(None, ge=0)
+    uncertain_detail_from: Unset[Annotated[int, Field(ge=0)]] = None
     """From this step on, a mixed image shows in detail where its context is least certain; unset: anywhere, always."""
 
 
 class Masking(Section):
     """Masked images of masked consistency (MIC, arXiv 2212.01322)."""
 
-    block: int | None = Field(None, ge=1)
+    block: Unset[Annotated[int, Field(ge=1)]] = None
     """Side of the square blocks, pixels; unset: a sixteenth of the crop's height."""
     ratio: float = Field(0.7, ge=0, lt=1)
     """Chance that a block is masked."""
@@ -191,7 +199,7 @@ class FeatureDistance(Objective):
 
     weight: float = Field(0.005, ge=0)
     """Factor of the term in the total loss."""
-    classes: tuple[str, ...] | None = None
+    classes: Unset[tuple[str, ...]] = None
     """Names of the classes it acts on; unset: the countable classes of the source."""
     min_share: float = Field(0.75, gt=0, le=1)
     """A feature cell counts if one such class covers at least this share of its pixels."""
@@ -245,7 +253,7 @@ class Training(Section):
 
     steps: int = Field(40_000, ge=1)
     """Optimizer steps."""
-    micro_batch: int | None = Field(None, ge=1)
+    micro_batch: Unset[Annotated[int, Field(ge=1)]] = None
     """Images forwarded at once, gradients accumulating over the batch; unset: the whole batch."""
     seed: int = Field(0, ge=0)
     """Seed of everything random."""
@@ -274,10 +282,10 @@ class Evaluation(Section):
     """Which network is validated and saved as best and last weights."""
     mode: Literal["whole", "slide"] = "whole"
     """Run the network on the whole image, or on overlapping windows whose logits are averaged."""
-    window: Size = (1024, 1024)
-    """Sliding window, height x width, pixels of the resized image."""
-    stride: Size = (512, 512)
-    """Steps between windows, vertical x horizontal, pixels."""
+    window: Unset[Size] = None
+    """Sliding window, height x width, pixels of the resized image; unset: the training crop."""
+    stride: Unset[Size] = None
+    """Steps between windows, vertical x horizontal, pixels; unset: half the window."""
 
 
 class Settings(Section):
@@ -292,6 +300,13 @@ class Settings(Section):
     optimizer: Optimizer = Optimizer()
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
+
+    @property
+    def inference(self) -> Evaluation:
+        """`evaluation` with its windows filled in."""
+        window = self.evaluation.window or self.data.crop
+        stride = self.evaluation.stride or (-(-window[0] // 2), -(-window[1] // 2))
+        return self.evaluation.model_copy(update={"window": window, "stride": stride})
 
     @model_validator(mode="before")
     @classmethod
@@ -309,8 +324,11 @@ class Settings(Section):
                 "objectives.feature_distance needs pretrained weights, but model.weights is false; "
                 "set objectives.feature_distance=false or give weights"
             )
-        if any(stride > window for stride, window in zip(self.evaluation.stride, self.evaluation.window, strict=True)):
+        window, stride = self.inference.window, self.inference.stride
+        if window and stride and any(step > side for step, side in zip(stride, window, strict=True)):
             problems.append("evaluation.stride is larger than evaluation.window, which leaves gaps between windows")
+        if self.masking.with_source and self.objectives.masked and self.data.batch_size < 2:
+            problems.append("masking.with_source needs a data.batch_size of 2 or more")
         if self.mixing.blur_sigma[0] > self.mixing.blur_sigma[1]:
             problems.append("mixing.blur_sigma must be (smallest, largest)")
         if self.training.shard and self.training.compile:
@@ -343,7 +361,8 @@ def _section_markdown(path: str, section: Section) -> list[str]:
             shown = "on"
         else:
             shown = _toml(value)
-        lines.append(f"| `{path}.{name}` | `{shown}` | {field.description} |")
+        description = " ".join((field.description or "").split())
+        lines.append(f"| `{path}.{name}` | `{shown}` | {description} |")
     return lines + [""] + nested
 
 

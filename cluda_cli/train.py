@@ -26,7 +26,7 @@ from cluda_cli.engine.step import training_step
 from cluda_cli.errors import CludaError, Interrupted
 from cluda_cli.evaluate import announce_classes, score
 from cluda_cli.models.multires import MultiResolution
-from cluda_cli.settings import Settings
+from cluda_cli.settings import Decoder, Masking, Settings
 
 ECHO = 1.0
 """Seconds in which a request to stop that reaches a process twice is one."""
@@ -135,7 +135,7 @@ def _validate(run: Run, files: RunFolder, target: Index, stop: "_StopRequest") -
     settings, data = run.settings, run.settings.data
     with stop.immediate(), gathered(run.evaluated):
         scores = score(
-            run.evaluated, target, "val", run.classes, run.seen, data.target_box, settings.evaluation, run.device
+            run.evaluated, target, "val", run.classes, run.seen, data.target_box, settings.inference, run.device
         )
     miou, accuracy = scores.miou, scores.pixel_accuracy
     best = math.isfinite(miou) and (run.best is None or miou > run.best["miou"])
@@ -180,8 +180,7 @@ def _announce(run: Run, folder: Path, source: Index, target: Index) -> None:
     if isinstance(run.student, MultiResolution):
         high, wide = run.student.detail_crop
         console.info(f"context at 1/{run.student.downscale} of the resolution, detail crops of {high} x {wide}")
-    elif settings.mixing.uncertain_detail_from is not None:
-        console.warn("mixing.uncertain_detail_from has no effect without model.multires")
+    _warn_of_no_effect(settings)
     console.info(f"objectives: {', '.join(run.objectives)}; run folder {folder}")
     if run.step:
         console.info(f"resuming after step {run.step} of {training.steps}")
@@ -198,6 +197,21 @@ def _announce(run: Run, folder: Path, source: Index, target: Index) -> None:
         console.warn("training.shard has no effect on one device")
     if run.device.type == "cpu" and (training.compile or training.precision == "bfloat16"):
         console.warn("training.compile and training.precision=bfloat16 are ignored on the CPU")
+
+
+def _warn_of_no_effect(settings: Settings) -> None:
+    """Settings that were changed but are not read."""
+    training, uncertain_from = settings.training, settings.mixing.uncertain_detail_from
+    if uncertain_from is not None and not settings.model.multires:
+        console.warn("mixing.uncertain_detail_from has no effect without model.multires")
+    if uncertain_from is not None and settings.model.multires and uncertain_from >= training.steps:
+        console.warn(f"the run ends before step {uncertain_from} (mixing.uncertain_detail_from)")
+    if settings.masking != Masking() and not settings.objectives.masked:
+        console.warn("the settings of masking have no effect without objectives.masked")
+    if settings.model.deeplab and settings.model.decoder != Decoder():
+        console.warn("the settings of model.decoder have no effect with model.deeplab")
+    if training.micro_batch and training.micro_batch >= settings.data.batch_size:
+        console.warn("training.micro_batch has no effect: a batch is no larger")
 
 
 def _conclude(run: Run, files: RunFolder) -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from cluda_cli import settings
+from cluda_cli import presets, settings
 from cluda_cli.data.transforms import fit_box
+from cluda_cli.errors import SettingsError
 
 SECTIONS = [m for m in vars(settings).values() if isinstance(m, type) and issubclass(m, settings.Section)]
 PAGE = Path(__file__).parent.parent / "docs" / "settings.md"
@@ -78,3 +79,35 @@ def test_contradictions_are_refused(tree, message):
     with pytest.raises(ValidationError) as error:
         settings.Settings.model_validate(tree)
     assert message in str(error.value)
+
+
+UNSET = [
+    "data.rare_class.min_pixels", "data.target_margins", "model.multires.detail_crop", "mixing.uncertain_detail_from",
+    "masking.block", "objectives.feature_distance.classes", "training.micro_batch", "evaluation.window",
+    "evaluation.stride",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSET)
+def test_false_leaves_a_value_unset_and_true_is_refused(name):
+    value = presets.load(["hrda-cluda"], None, [f"{name}=false"])
+    for key in name.split("."):
+        value = getattr(value, key)
+    assert value is None
+    with pytest.raises(SettingsError, match=r"takes a value, or false to leave it unset"):
+        presets.load(["hrda-cluda"], None, [f"{name}=true"])
+
+
+def test_evaluation_windows_follow_the_crop_unless_set():
+    small = presets.load(["hrda", "small"])
+    assert (small.inference.window, small.inference.stride) == ((240, 320), (120, 160))
+    paper = presets.load(["hrda"]).inference
+    assert (paper.window, paper.stride) == ((1024, 1024), (512, 512))
+    own = presets.load(["hrda"], None, ["evaluation.window=[600, 800]"]).inference
+    assert (own.window, own.stride) == ((600, 800), (300, 400))
+
+
+def test_every_row_of_the_page_of_settings_is_one_line():
+    rows = [line for line in settings.reference_markdown().splitlines() if line.startswith("|")]
+    assert all(row.endswith("|") for row in rows)
+    assert len(rows) > 70

@@ -308,7 +308,7 @@ def test_resume_is_exact_with_loader_processes(tiny_settings, tmp_path, stop_aft
 def test_a_crop_that_the_network_cannot_take_is_refused(tiny_settings, tmp_path):
     change = {"model": {"encoder": "maxvit_pico_rw_256", "weights": False}, "objectives": {"feature_distance": False}}
     tree = presets.merge(tiny_settings.model_dump(mode="json"), change)
-    with pytest.raises(SettingsError, match="maxvit_pico_rw_256 cannot take this crop"):
+    with pytest.raises(SettingsError, match="maxvit_pico_rw_256 cannot train on 2 such crops"):
         train(presets.validate(tree), tmp_path / "x")
 
 

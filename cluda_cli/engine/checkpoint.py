@@ -86,7 +86,7 @@ def load_weights(path: Path, device: torch.device) -> Deployed:
         description = json.loads(metadata)
         if description["format"] != FORMAT:
             raise DataError(f"weights format {description['format']}, expected {FORMAT}", path, "use a newer cluda")
-        settings = presets.validate(description["settings"])
+        settings = presets.validate(_for_inference(description["settings"]))
         classes = ClassTable.from_json(description["classes"])
         network = build_segmenter(settings.model, settings.data.crop, len(classes))
         network.load_state_dict(tensors)
@@ -96,6 +96,13 @@ def load_weights(path: Path, device: torch.device) -> Deployed:
             raise
         raise DataError(f"does not fit this version of cluda ({first_line(error)})", path, "train again") from error
     return Deployed(network.to(device).eval(), settings, classes, seen, network_name, step, path)
+
+
+def _for_inference(saved: dict[str, Any]) -> dict[str, Any]:
+    """The sections that a trained network is run by: one of another version may have trained with other settings."""
+    kept = {name: dict(saved[name]) for name in ("data", "model", "evaluation")}
+    kept["data"].pop("rare_class", None)
+    return kept | {"objectives": {"feature_distance": False}}
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

@@ -63,12 +63,11 @@ def _shown(view: View, i: int) -> Tensor:
     """One image of a view in 0..255, its detail crop framed.  # uint8 3 H W"""
     image = (denormalise(view.image[i]).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
     if view.boxes is not None:
-        top, left = view.boxes.corner[i].tolist()
-        inner = torch.zeros(image.shape[1:], dtype=torch.bool)
-        outer = view.boxes.part(slice(i, i + 1)).to(inner.device).inside((image.shape[1], image.shape[2]))[0]
-        high, wide = view.boxes.size
-        inner[top + FRAME : top + high - FRAME, left + FRAME : left + wide - FRAME] = True
-        image[:, outer & ~inner] = 255
+        (top, left), (high, wide) = view.boxes.corner[i].tolist(), view.boxes.size
+        frame = torch.zeros(image.shape[1:], dtype=torch.bool)
+        frame[top : top + high, left : left + wide] = True
+        frame[top + FRAME : top + high - FRAME, left + FRAME : left + wide - FRAME] = False
+        image[:, frame] = 255
     return image
 
 

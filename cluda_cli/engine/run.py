@@ -12,7 +12,7 @@ from cluda_cli.data.index import Index, seen_classes
 from cluda_cli.engine.optim import build_optimizer
 from cluda_cli.engine.sharding import shard, spread, spread_moments, whole
 from cluda_cli.engine.verdict import Verdict
-from cluda_cli.errors import RunError, SettingsError
+from cluda_cli.errors import RunError, SettingsError, first_line
 from cluda_cli.models.boxes import Boxes
 from cluda_cli.models.encoders import LoadReport, load_pretrained
 from cluda_cli.models.joint_norm import synchronise
@@ -63,17 +63,23 @@ class Run:
         self.best: dict[str, float] | None = None
 
     def _try_crop(self) -> None:
-        """Raises SettingsError now if the network cannot take the training crop, rather than in the first step."""
-        image = torch.zeros(1, 3, *self.settings.data.crop, device=self.device)
-        self.student.eval()
+        """Raises SettingsError now if the network cannot train on the crop, rather than in the first step."""
+        data, micro_batch = self.settings.data, self.settings.training.micro_batch
+        count = data.batch_size % micro_batch or micro_batch if micro_batch else data.batch_size  # the smallest part
+        image = torch.zeros(min(count, data.batch_size), 3, *data.crop, device=self.device)
+        before = [(buffer, buffer.clone()) for buffer in self.student.buffers()]
         try:
-            with torch.no_grad():
-                self.student(image)
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                boxes = self.student.draw_boxes(len(image), data.crop, torch.Generator())
+                self.student(image, boxes and boxes.to(self.device))
+            for buffer, value in before:
+                buffer.copy_(value)
         except (RuntimeError, AssertionError, ValueError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            what = f"{self.settings.model.encoder} cannot take this crop ({str(error).splitlines()[0]})"
-            raise SettingsError(what, "data.crop", f"multiples of {self.student.pad_multiple} are safe") from error
+            what = f"{self.settings.model.encoder} cannot train on {len(image)} such crops ({first_line(error)})"
+            remedy = f"take a larger multiple of {self.student.pad_multiple}, or more images at once"
+            raise SettingsError(what, "data.crop", remedy) from error
 
     @property
     def evaluated(self) -> Segmenter:
@@ -109,7 +115,7 @@ class Run:
             self._load_optimizer(state["optimizer"])
             self.step, self.validated, self.best = state["step"], state["validated"], state["best"]
         except (RuntimeError, KeyError, ValueError) as error:
-            detail = str(error).strip().splitlines()[-1].strip()  # torch's first line is a heading
+            detail = str(error).strip().splitlines()[-1].strip()[:160]  # torch's first line is a heading
             remedy = "resume with the network and objectives that the run began with"
             raise SettingsError(f"saved state does not fit the settings ({detail})", "--resume", remedy) from error
 

@@ -28,7 +28,7 @@ class Boxes:
 
     def to(self, device: torch.device) -> Self:
         """The same boxes with their corners on a device."""
-        return type(self)(self.corner.to(device, non_blocking=True), self.size)
+        return type(self)(self.corner.to(device), self.size)
 
     def part(self, images: slice) -> Self:
         """The boxes of some images of the batch."""

@@ -91,7 +91,8 @@ def read(path: Path) -> dict[str, Tensor]:
         message = "the file is damaged, or holds more than tensors (pickled code is never run)"
         raise DataError(message, path, "fetch it again, or convert it to safetensors") from None
     except Exception as problem:  # a damaged byte may surface as anything
-        raise DataError(f"the file cannot be read: {first_line(problem)}", path, "fetch it again") from None
+        message = f"neither a torch nor a safetensors file, or damaged ({first_line(problem)})"
+        raise DataError(message, path, "fetch it again") from None
     while inner := [content[c] for c in CONTAINERS if isinstance(content, dict) and isinstance(content.get(c), dict)]:
         content = inner[0]
     named = content.items() if isinstance(content, dict) else ()

@@ -8,9 +8,10 @@ from cluda_cli import presets
 from cluda_cli.adaptation.views import make_views
 from cluda_cli.data.index import find
 from cluda_cli.data.streams import batches
+from cluda_cli.engine.pictures import write_pictures
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.step import training_step
-from cluda_cli.errors import RunError
+from cluda_cli.errors import RunError, SettingsError
 from cluda_cli.models.encoders import build_encoder
 from cluda_cli.models.multires import MultiResolution
 
@@ -215,3 +216,36 @@ def test_a_smoke_run_gives_the_losses_it_always_gave(tiny_settings):
     steps = [training_step(run, batch).terms for batch, _ in zip(stream, range(3), strict=False)]
     found = [[round(float(value), 4) for value in terms.values()] for terms in steps]
     assert found == [pytest.approx(row, rel=1e-2) for row in KNOWN_LOSSES], found
+
+
+def test_a_crop_that_leaves_one_cell_of_one_image_is_refused_before_the_run(tiny_settings):
+    tiny = {"data": {"crop": [32, 32]}, "training": {"micro_batch": 1}}
+    with pytest.raises(SettingsError, match="cannot train on 1 such crops"):
+        start(changed(tiny_settings, tiny))
+    start(changed(tiny_settings, tiny | {"training": {"micro_batch": False}}))
+
+
+def test_trying_the_crop_leaves_no_trace(tiny_settings):
+    run, _ = start(tiny_settings)
+    counters = [b for name, b in run.student.named_buffers() if name.endswith("num_batches_tracked")]
+    assert counters and not any(counters)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("uncertain_from", [0, 99])
+def test_everything_on_in_bfloat16_on_a_gpu(tiny_settings, tmp_path, uncertain_from):
+    settings = changed(tiny_settings, {
+        "data": {"crop": [64, 96]},
+        "model": {"multires": {"attention_dim": 8}},
+        "mixing": {"uncertain_detail_from": uncertain_from},
+        "objectives": {"masked": {}, "pixel_contrast": {"weighter_dim": 8}},
+        "training": {"precision": "bfloat16"},
+    })  # fmt: skip
+    source, target = find("clean", settings.data.root), find("noisy", settings.data.root)
+    run = Run(settings, source, torch.device("cuda"))
+    batch = next(batches(source, target, settings.data, 0, 0, 1)).to(run.device)
+    result = training_step(run, batch)
+    assert all(torch.isfinite(value) for value in result.terms.values())
+    write_pictures(tmp_path / "views.png", run, batch, result.views)
+    assert (tmp_path / "views.png").is_file()

@@ -40,13 +40,17 @@ class DAFormerDecoder(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """(logits B K h w, fused B D h w); channel dropout acts on the logits' input only, while training."""
-        embedded = [layer(features) for layer, features in zip(self.embed_layers, maps, strict=True)]  # B E * * each
         if isinstance(self.fuse_layer, ConvUnit):
-            fused = _fuse_pointwise(self.fuse_layer, embedded)  # B D h w
+            fused = _fuse_pointwise(self.fuse_layer, self._embed(maps))  # B D h w
         else:
             # Dilated depthwise kernels are several times slower on channels-last maps, so the layout changes here.
-            fused = self.fuse_layer(torch.cat(_to_finest(embedded), dim=1).contiguous())  # B D h w
+            # No name holds the embedded maps meanwhile: without gradients they are gone by then.
+            fused = self.fuse_layer(torch.cat(_to_finest(self._embed(maps)), dim=1).contiguous())  # B D h w
         return self.conv_seg(self.dropout(fused)), fused
+
+    def _embed(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Each map with the same number of channels, at its own size."""
+        return [layer(features) for layer, features in zip(self.embed_layers, maps, strict=True)]  # B E * * each
 
 
 def _to_finest(maps: Sequence[Tensor]) -> list[Tensor]:

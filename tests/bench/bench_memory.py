@@ -47,8 +47,8 @@ CPU = torch.device("cpu")
 MEBIBYTE, GIBIBYTE = 2**20, 2**30
 CONTRAST = 288
 """MiB that the contrast of two resolutions needs above its inputs: live bytes, counted as here on real tensors, of the
-problem of `bench_contrast.py` at 2x256x65x65 in tiles of 4096, as on a GPU (of 512, as on a CPU: 167; one resolution:
-272 and 150)."""
+problem of `bench_contrast.py` at 2x256x65x65 in tiles of 4096, wider than any in use (of 512, as on a CPU: 167; one
+resolution: 272 and 150)."""
 LEVERS: dict[str, tuple[str, ...]] = {
     "as set": (),
     "checkpoint_activations": ("model.checkpoint_activations=true",),

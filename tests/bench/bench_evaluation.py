@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -93,14 +94,26 @@ def verbs(deployed: Deployed, index: Index, device: str, out: Path) -> dict[str,
     def evaluate() -> None:
         chosen, table = pick_device(device), deployed.classes
         score(
-            deployed.network, index, "val", table, deployed.seen, data.target_box, deployed.settings.evaluation, chosen
+            deployed.network, index, "val", table, deployed.seen, data.target_box, deployed.settings.inference, chosen
         )
 
-    def run_predict(*outputs: str) -> Callable[[], None]:
-        return lambda: predict.predict(pictures, checkpoint=weights, out=out / "masks", outputs=outputs, device=device)
+    def loaded(verb: Callable[[], object]) -> Callable[[], object]:
+        """The verb without the time to read its weights."""
 
-    for module in (predict, pseudo_label):
-        module.load_weights = lambda *_: deployed
+        def run() -> None:
+            with (
+                mock.patch.object(predict, "load_weights", lambda *_: deployed),
+                mock.patch.object(pseudo_label, "load_weights", lambda *_: deployed),
+            ):
+                verb()
+
+        return run
+
+    def run_predict(*outputs: str) -> Callable[[], object]:
+        return loaded(
+            lambda: predict.predict(pictures, checkpoint=weights, out=out / "masks", outputs=outputs, device=device)
+        )
+
     shown = out / "dataset"
     replace(index, folder=shown).save()
     arguments = {"dataset": str(shown), "split": "val", "out": out / "labelled", "overwrite": True, "device": device}
@@ -108,7 +121,7 @@ def verbs(deployed: Deployed, index: Index, device: str, out: Path) -> dict[str,
         "eval": evaluate,
         "predict, train-id": run_predict("train-id"),
         "predict, color + overlay": run_predict("color", "overlay"),
-        "pseudo-label": lambda: pseudo_label.pseudo_label(weights, **arguments),
+        "pseudo-label": loaded(lambda: pseudo_label.pseudo_label(weights, **arguments)),
     }
 
 

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from cluda_cli import __version__, console, launch
+from cluda_cli import __version__, console
+from cluda_cli.distributed import launch
 from cluda_cli.errors import CludaError, EnvironmentProblem, Interrupted, SettingsError
 
 # \b keeps the line breaks of a paragraph in the help.
@@ -116,7 +117,7 @@ def prepare(
     """Check a dataset, map its labels to train ids and index it."""
     if check and cache:
         raise SettingsError("--check and --cache exclude each other", "prepare", "give one of them")
-    from cluda_cli.prepare import prepare
+    from cluda_cli.commands.prepare import prepare
 
     prepare(dataset, data_root or Path("data"), check=check, skip_bad=skip_bad, cache=cache, workers=workers)
 
@@ -162,7 +163,7 @@ def train(
 
     if devices and devices > 1 and place is None:  # all processes take the folder that was found here
         raise typer.Exit(launch.launch(devices, [*sys.argv[1:], "--run", str(folder)]))
-    from cluda_cli.train import train
+    from cluda_cli.commands.train import train
 
     train(settings, folder, resume=resume, overwrite=overwrite)
 
@@ -191,7 +192,7 @@ def bench(
 
     settings = presets.load(preset or [], _options(source, target, data_root, {"device": device}), set_ or [])
 
-    from cluda_cli.bench import bench
+    from cluda_cli.commands.bench import bench
 
     bench(settings, steps=steps, prepared=data, as_json=as_json)
 
@@ -237,7 +238,7 @@ def pseudo_label(
     """Label the target with a trained network; the result is a dataset that `train --source` accepts."""
     if per_class and threshold is not None:
         raise SettingsError("--threshold and --per-class exclude each other", "pseudo-label", "give one of them")
-    from cluda_cli.pseudo_label import THRESHOLD, pseudo_label
+    from cluda_cli.commands.pseudo_label import THRESHOLD, pseudo_label
 
     pseudo_label(
         ckpt,
@@ -264,7 +265,7 @@ def evaluate(
     confusion: Annotated[Path | None, typer.Option(help="Also write the confusion matrix to this JSON file.")] = None,
 ) -> None:
     """IoU per class and protocol (19/16/13) on labelled images."""
-    from cluda_cli.evaluate import evaluate
+    from cluda_cli.commands.evaluate import evaluate
 
     evaluate(
         ckpt, dataset=dataset, split=split, data_root=data_root, device=device, as_json=as_json, confusion=confusion
@@ -287,7 +288,7 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Segment pictures of any size."""
-    from cluda_cli.predict import newest_checkpoint, predict
+    from cluda_cli.commands.predict import newest_checkpoint, predict
 
     checkpoint = ckpt or newest_checkpoint(Path("runs"))
     if not ckpt:
@@ -318,7 +319,7 @@ def import_weights(
 
     settings = presets.load(preset or [], None, set_ or [])
 
-    from cluda_cli.import_weights import import_weights
+    from cluda_cli.commands.import_weights import import_weights
 
     import_weights(file, settings, out=out, network=network, overwrite=overwrite, as_json=as_json)
 

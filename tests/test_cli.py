@@ -108,7 +108,7 @@ def test_wrong_usage_exits_2(arguments):
 def test_named_options_lie_between_presets_and_overrides(monkeypatch, tmp_path):
     seen = {}
     monkeypatch.setattr(
-        "cluda_cli.train.train", lambda settings, folder, **flags: seen.update(s=settings, f=folder, **flags)
+        "cluda_cli.commands.train.train", lambda settings, folder, **flags: seen.update(s=settings, f=folder, **flags)
     )
     arguments = [
         "train",
@@ -136,7 +136,7 @@ def test_an_unforeseen_runtime_error_is_not_swallowed(monkeypatch):
     def fail(*_args, **_kwargs):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("cluda_cli.train.train", fail)
+    monkeypatch.setattr("cluda_cli.commands.train.train", fail)
     assert isinstance(run(app, ["train"]).exception, RuntimeError)
 
 
@@ -144,7 +144,7 @@ def test_a_full_disk_is_an_environment_problem(monkeypatch):
     def fail(*_args, **_kwargs):
         raise OSError(28, "No space left on device", "runs/x/last.safetensors")
 
-    monkeypatch.setattr("cluda_cli.train.train", fail)
+    monkeypatch.setattr("cluda_cli.commands.train.train", fail)
     result = run(app, ["train"])
     assert result.exit_code == 4
     assert result.stderr.startswith("error: runs/x/last.safetensors: No space left on device")

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from cluda_cli import presets
 from cluda_cli.adaptation.views import View
 from cluda_cli.cli import app
-from cluda_cli.data.demo import make_demo
 from cluda_cli.data.labels import CITYSCAPES, IGNORE
+from cluda_cli.demo.dataset import make_demo
 from cluda_cli.models.segmenter import Output
 
 REPOSITORY = Path(__file__).parent.parent
@@ -74,7 +74,7 @@ def workplace(tmp_path, monkeypatch):
     Path("mycity.toml").write_text(re.search(r"^```toml\n(.*?)^```", page, re.DOTALL | re.MULTILINE).group(1))
     make_demo(data / "demo", counts={"render": {"train": 4, "val": 1}, "camera": {"train": 4, "val": 2}})
     # The pages show the full-size demo; here a smaller one lies in its place and is left as it is.
-    monkeypatch.setattr("cluda_cli.data.demo.make_demo", lambda folder: None)
+    monkeypatch.setattr("cluda_cli.demo.dataset.make_demo", lambda folder: None)
     return tmp_path
 
 

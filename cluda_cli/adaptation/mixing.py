@@ -7,7 +7,7 @@ device mixes the same pixels; nothing is read back from the device.
 import torch
 from torch import Tensor
 
-from cluda_cli import parallel
+from cluda_cli.distributed import collectives
 
 NUM_IDS = 256  # of labels stored in a byte, IGNORE included
 
@@ -21,8 +21,8 @@ def choose_classes(label: Tensor, generator: torch.Generator) -> Tensor:
     """
     present = torch.zeros(NUM_IDS, dtype=torch.bool, device=label.device)
     present.scatter_(0, label.flatten().long(), True)
-    present = parallel.anywhere(present)
-    score = parallel.own(torch.rand(parallel.joint(len(label)), NUM_IDS, generator=generator))
+    present = collectives.anywhere(present)
+    score = collectives.own(torch.rand(collectives.joint(len(label)), NUM_IDS, generator=generator))
     score = score.to(label.device, non_blocking=True)
     score = score.masked_fill(~present, torch.inf)
     rank = score.argsort(dim=1, stable=True).argsort(dim=1)  # B 256, 0 = smallest score

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cluda_cli import parallel, settings
+from cluda_cli import settings
+from cluda_cli.distributed import collectives
 from cluda_cli.models.segmenter import Segmenter
 
 
@@ -81,5 +82,5 @@ def labels_and_weights(logits: Tensor, confidence: float, valid: Tensor) -> tupl
     """
     logits = F.interpolate(logits.float(), valid.shape[-2:], mode="bilinear", align_corners=False)  # B K H W
     probability, label = logits.softmax(dim=1).max(dim=1)  # B H W
-    share = parallel.mean((probability >= confidence).float().mean())
+    share = collectives.mean((probability >= confidence).float().mean())
     return label, share * valid.float()

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from cluda_cli import parallel, settings
+from cluda_cli import settings
 from cluda_cli.adaptation.masking import block_mask
 from cluda_cli.adaptation.mixing import choose_classes, class_mix
 from cluda_cli.adaptation.photometric import strong_augment
@@ -15,6 +15,7 @@ from cluda_cli.adaptation.teacher import Teacher
 from cluda_cli.data.labels import IGNORE
 from cluda_cli.data.streams import Batch
 from cluda_cli.data.transforms import normalise
+from cluda_cli.distributed import collectives
 from cluda_cli.models.boxes import Boxes
 from cluda_cli.seeds import derive_seed
 
@@ -121,5 +122,5 @@ def _first_halves(source: Tensor, target: Tensor) -> Tensor:
 
     Halves are those of the joint batch, so that rows of other processes may be needed.
     """
-    source, target = parallel.gather(source), parallel.gather(target)
-    return parallel.own(torch.cat([source[: len(source) // 2], target[: (len(target) + 1) // 2]]))
+    source, target = collectives.gather(source), collectives.gather(target)
+    return collectives.own(torch.cat([source[: len(source) // 2], target[: (len(target) + 1) // 2]]))

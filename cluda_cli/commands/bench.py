@@ -13,16 +13,16 @@ import torch
 from cluda_cli import console
 from cluda_cli.data.index import Index, find
 from cluda_cli.data.streams import Batch
-from cluda_cli.data.synthetic import synthetic_images, synthetic_source
 from cluda_cli.data.transforms import read_image
-from cluda_cli.engine.costs import Loading, Memory, MemoryWatch, Spread, largest_step, loading_speed, step_times
-from cluda_cli.engine.device import pick_device
-from cluda_cli.engine.inference import Frame, limits, segment
-from cluda_cli.engine.parts import Parts, synchronise
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.step import training_step
-from cluda_cli.engine.workload import batch_stream, busiest_step, generator, label_believably, measurable
 from cluda_cli.errors import EnvironmentProblem
+from cluda_cli.inference.device import pick_device
+from cluda_cli.inference.sliding import Frame, limits, segment
+from cluda_cli.measure.costs import Loading, Memory, MemoryWatch, Spread, largest_step, loading_speed, step_times
+from cluda_cli.measure.spans import Parts, synchronise
+from cluda_cli.measure.synthetic import synthetic_images, synthetic_source
+from cluda_cli.measure.workload import batch_stream, busiest_step, generator, label_believably, measurable
 from cluda_cli.settings import Settings
 
 WARM_UP = 3  # untimed steps: the first ones allocate, tune kernels, compile

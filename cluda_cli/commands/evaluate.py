@@ -9,17 +9,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cluda_cli import console, parallel, settings
+from cluda_cli import console, settings
 from cluda_cli.data.index import Index, Item, find
 from cluda_cli.data.labels import IGNORE, ClassTable
 from cluda_cli.data.transforms import read_image, read_label
-from cluda_cli.engine.checkpoint import load_weights
-from cluda_cli.engine.device import pick_device
-from cluda_cli.engine.inference import Frame, evaluating, segment
-from cluda_cli.engine.metrics import Confusion, Scores, percent
-from cluda_cli.engine.overlap import overlapped, pinned, sent
+from cluda_cli.distributed import collectives
 from cluda_cli.errors import DataError
 from cluda_cli.files import write_json
+from cluda_cli.inference.device import pick_device
+from cluda_cli.inference.metrics import Confusion, Scores, percent
+from cluda_cli.inference.prefetch import overlapped, pinned, sent
+from cluda_cli.inference.sliding import Frame, evaluating, segment
+from cluda_cli.inference.weights_file import load_weights
 from cluda_cli.models.segmenter import Segmenter
 
 
@@ -99,13 +100,13 @@ def score(
         raise DataError(f'the {without} images of split "{split}" have no labels', index.folder, "take another --split")
     confusion = Confusion(len(classes), device=device)
     read = partial(_read_pair, index, np.array(index.classes.remap_to(classes), dtype=np.uint8), box, device)
-    share = items[parallel.rank() :: parallel.world_size()]
+    share = items[collectives.rank() :: collectives.world_size()]
     progress = console.Progress(f"evaluating {index.name} {split}", len(share))
-    with parallel.together(), progress, evaluating(network):
+    with collectives.together(), progress, evaluating(network):
         for label, prediction, _ in segment(network, overlapped(read, share), evaluation):
             confusion.update(prediction, sent(label, device))  # nothing waits for a GPU until all are counted
             progress.advance()
-    confusion.counts = parallel.total(confusion.counts)
+    confusion.counts = collectives.total(confusion.counts)
     return Scores(classes, tuple(seen), index.classes.names, confusion, len(items))
 
 

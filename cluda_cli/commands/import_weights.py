@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from cluda_cli import console
-from cluda_cli.data.datasets import PUBLISHED
 from cluda_cli.data.index import find, seen_classes
 from cluda_cli.data.labels import PROTOCOLS, ClassTable
-from cluda_cli.engine.checkpoint import save_weights
 from cluda_cli.errors import DataError, SettingsError
 from cluda_cli.files import sha256
-from cluda_cli.models import weights
+from cluda_cli.inference.weights_file import save_weights
 from cluda_cli.models.encoders import COUNTER
 from cluda_cli.models.multires import build_segmenter
-from cluda_cli.models.published import COPIES, Published, class_count, one_network, other_settings
+from cluda_cli.models.published import encoders as weights
+from cluda_cli.models.published.checkpoints import COPIES, Published, class_count, one_network, other_settings
+from cluda_cli.preparation.published import PUBLISHED
 from cluda_cli.settings import Data, Model, Settings
 
 # mmcv keeps the best score of a run beside the tensors, as a numpy scalar; numpy 1 and 2 call its module differently.
@@ -63,7 +63,7 @@ def import_weights(
         raise DataError(what, path, "set data.source to a prepared dataset with its classes, in its order")
     model = build_segmenter(settings.model, settings.data.crop, len(classes))
     _load(model, published, settings.model, path)
-    save_weights(out, model, settings, classes, seen, network, step=0)
+    save_weights(out, model.state_dict(), settings, classes, seen, network, step=0)
     described = {
         "weights": str(out),
         "origin": str(path),

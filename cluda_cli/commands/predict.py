@@ -14,11 +14,11 @@ from torch import Tensor
 from cluda_cli import console
 from cluda_cli.data.labels import ClassTable
 from cluda_cli.data.transforms import read_image
-from cluda_cli.engine.checkpoint import Deployed, load_weights
-from cluda_cli.engine.device import pick_device
-from cluda_cli.engine.inference import Frame, segment
-from cluda_cli.engine.overlap import Fetched, overlapped, write_png
 from cluda_cli.errors import DataError, SettingsError
+from cluda_cli.inference.device import pick_device
+from cluda_cli.inference.prefetch import Fetched, overlapped, write_png
+from cluda_cli.inference.sliding import Frame, segment
+from cluda_cli.inference.weights_file import Deployed, load_weights
 
 OUTPUTS = ("train-id", "label-id", "color", "overlay", "confidence")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})

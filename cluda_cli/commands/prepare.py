@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from cluda_cli import console
-from cluda_cli.data.archives import find_archives, missing_members, unpack
-from cluda_cli.data.conversion import Outcome, Scan, check_all, convert_missing, scan_files
-from cluda_cli.data.datasets import PUBLISHED, Dataset, Published, demo_datasets
-from cluda_cli.data.descriptions import read_description
 from cluda_cli.data.index import Index, Item
-from cluda_cli.data.problems import Kind, Problem, report_lines
 from cluda_cli.errors import DataError, SettingsError
 from cluda_cli.files import write_json
+from cluda_cli.preparation.archives import find_archives, missing_members, unpack
+from cluda_cli.preparation.conversion import Outcome, Scan, check_all, convert_missing, scan_files
+from cluda_cli.preparation.described import read_description
+from cluda_cli.preparation.problems import Kind, Problem, report_lines
+from cluda_cli.preparation.published import PUBLISHED, Dataset, Published, demo_datasets
 
 USUAL_TARGETS = frozenset({"cityscapes", "camvid", "acdc", "dark-zurich"})
 """Published photographs; only the advice on the next command depends on it."""
@@ -71,7 +71,7 @@ def _make_caches(
     datasets: Sequence[Dataset], indexes: Sequence[Index], box: tuple[int, int] | None, workers: int | None
 ) -> None:
     """Store the training images of each dataset; one without any needs no cache."""
-    from cluda_cli.data.cache import write_cache
+    from cluda_cli.preparation.caching import write_cache
 
     for dataset, index in zip(datasets, indexes, strict=True):
         if index.splits.get("train"):
@@ -92,7 +92,7 @@ def _find(name: str, data_root: Path, check: bool) -> Sequence[Dataset]:
     if name == "demo":
         folder = data_root / "demo"
         if not check:
-            from cluda_cli.data.demo import make_demo
+            from cluda_cli.demo.dataset import make_demo
 
             make_demo(folder)  # nothing to do when this version's demo is there
         elif not (folder / "demo.json").is_file():

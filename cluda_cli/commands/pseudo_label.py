@@ -20,17 +20,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluda_cli import __version__, console
+from cluda_cli.commands.predict import unique_names
 from cluda_cli.data.index import Index, Item, find
 from cluda_cli.data.labels import IGNORE
 from cluda_cli.data.transforms import read_image, read_label
-from cluda_cli.engine.checkpoint import Deployed, load_weights
-from cluda_cli.engine.device import pick_device
-from cluda_cli.engine.inference import Frame, segment
-from cluda_cli.engine.metrics import histogram
-from cluda_cli.engine.overlap import Fetched, overlapped, write_png
 from cluda_cli.errors import SettingsError
 from cluda_cli.files import sha256, write_json
-from cluda_cli.predict import unique_names
+from cluda_cli.inference.device import pick_device
+from cluda_cli.inference.metrics import histogram
+from cluda_cli.inference.prefetch import Fetched, overlapped, write_png
+from cluda_cli.inference.sliding import Frame, segment
+from cluda_cli.inference.weights_file import Deployed, load_weights
 
 Pixels = NDArray[np.uint8]
 KIND = "pseudo-labels"

@@ -13,18 +13,19 @@ from typing import Any
 
 import torch
 
-from cluda_cli import console, parallel
+from cluda_cli import console
+from cluda_cli.commands.evaluate import announce_classes, score
 from cluda_cli.data import index as prepared
 from cluda_cli.data.index import Index
 from cluda_cli.data.streams import Batch, batches
-from cluda_cli.engine.device import pick_device
+from cluda_cli.distributed import collectives
 from cluda_cli.engine.folder import RunFolder
 from cluda_cli.engine.pictures import write_pictures
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.sharding import gathered
 from cluda_cli.engine.step import training_step
 from cluda_cli.errors import CludaError, Interrupted
-from cluda_cli.evaluate import announce_classes, score
+from cluda_cli.inference.device import pick_device
 from cluda_cli.models.multires import MultiResolution
 from cluda_cli.settings import Decoder, Masking, Settings
 
@@ -40,17 +41,17 @@ def train(settings: Settings, folder: Path, *, resume: bool = False, overwrite: 
     Raises SettingsError for a folder that exists, RunError for a non-finite loss, Interrupted after Ctrl-C or SIGTERM,
     DataError for a file that turns out bad. Once the run has begun, its state is saved before any of them.
     """
-    with parallel.joined():
+    with collectives.joined():
         _train(settings, folder, resume, overwrite)
 
 
 def _train(settings: Settings, folder: Path, resume: bool, overwrite: bool) -> None:
     """`train`, among the processes of the run."""
     files = RunFolder(folder)
-    with parallel.together():
-        if not parallel.rank():
+    with collectives.together():
+        if not collectives.rank():
             _make_demo(settings)
-    with parallel.together():
+    with collectives.together():
         run, source, target, stream = _build(settings, files, resume, overwrite)
     steps = settings.training.steps
     with _StopRequest() as stop:
@@ -80,8 +81,8 @@ def _build(
 ) -> tuple[Run, Index, Index, Generator[Batch, None, None]]:
     """The run at its step, both datasets, and the batches from there on; writes nothing but to resume."""
     data, training = settings.data, settings.training
-    positions = parallel.positions(data.batch_size)
-    device = pick_device(parallel.device_name(training.device))
+    positions = collectives.positions(data.batch_size)
+    device = pick_device(collectives.device_name(training.device))
     source, target = (prepared.find(name, data.root) for name in (data.source, data.target))
     if not resume:
         files.refuse_taken(overwrite)
@@ -106,7 +107,7 @@ def _loop(
         while True:
             if _due(run.step, training.save_every, steps):
                 files.save(run)
-            if parallel.any_of(stop.requested):
+            if collectives.any_of(stop.requested):
                 raise _StopAsked
             if labelled and _due(run.step, training.validate_every, steps) and run.validated < run.step:
                 with progress.paused():
@@ -114,7 +115,7 @@ def _loop(
                 files.save(run)
             if run.step == steps:
                 return
-            with parallel.together():
+            with collectives.together():
                 batch = next(stream).to(run.device)
             result = training_step(run, batch)
             note = ""
@@ -162,7 +163,7 @@ def _make_demo(settings: Settings) -> None:
     data = settings.data
     wanted = {data.source, data.target} & {"demo-render", "demo-camera"}
     if any(not (data.root / "prepared" / name / "index.json").is_file() for name in wanted):
-        from cluda_cli.prepare import prepare
+        from cluda_cli.commands.prepare import prepare
 
         with redirect_stdout(sys.stderr):  # here the report is talk
             prepare("demo", data.root)
@@ -172,7 +173,7 @@ def _announce(run: Run, folder: Path, source: Index, target: Index) -> None:
     """Say once what was derived, and warn of settings that have no effect."""
     settings, training = run.settings, run.settings.training
     parameters = sum(p.numel() for p in run.student.parameters()) / 1e6
-    devices = f"{parallel.world_size()} x {run.device.type}" if parallel.world_size() > 1 else str(run.device)
+    devices = f"{collectives.world_size()} x {run.device.type}" if collectives.world_size() > 1 else str(run.device)
     console.info(
         f"{source.name} -> {target.name}, {settings.model.encoder}, {parameters:.1f} M parameters, on {devices}"
     )
@@ -193,7 +194,7 @@ def _announce(run: Run, folder: Path, source: Index, target: Index) -> None:
         )
     if not target.labelled("val"):
         console.warn(f"{target.name} has no labelled val split: nothing is validated, only last.safetensors is written")
-    if training.shard and parallel.world_size() == 1:
+    if training.shard and collectives.world_size() == 1:
         console.warn("training.shard has no effect on one device")
     if run.device.type == "cpu" and (training.compile or training.precision == "bfloat16"):
         console.warn("training.compile and training.precision=bfloat16 are ignored on the CPU")
@@ -256,7 +257,7 @@ class _StopRequest:
         if self._immediate:
             raise _StopAsked
         if self.requested:
-            if parallel.world_size() > 1 and time.monotonic() - self._since < ECHO:
+            if collectives.world_size() > 1 and time.monotonic() - self._since < ECHO:
                 return
             raise KeyboardInterrupt
         self.requested, self._since = True, time.monotonic()
@@ -265,7 +266,7 @@ class _StopRequest:
     @contextmanager
     def immediate(self) -> Iterator[None]:
         """While the run's state does not change (validation), one request is enough to stop; alone, not together."""
-        self._immediate = parallel.world_size() == 1
+        self._immediate = collectives.world_size() == 1
         try:
             yield
         finally:

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from cluda_cli import console
-from cluda_cli.data.demo_canvas import HEIGHT, WIDTH, Camera, Canvas, Floats, Light, Point, Rgb
-from cluda_cli.data.demo_domains import DOMAINS, Domain
-from cluda_cli.data.demo_objects import LABEL, Brush
-from cluda_cli.data.demo_scenes import draw_street
-from cluda_cli.data.demo_shading import make_noise, shade
+from cluda_cli.demo.canvas import HEIGHT, WIDTH, Camera, Canvas, Floats, Light, Point, Rgb
+from cluda_cli.demo.domains import DOMAINS, Domain
+from cluda_cli.demo.objects import LABEL, Brush
+from cluda_cli.demo.scenes import draw_street
+from cluda_cli.demo.shading import make_noise, shade
 from cluda_cli.errors import DataError
 from cluda_cli.files import write_json
 from cluda_cli.seeds import derive_seed

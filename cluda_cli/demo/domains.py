@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cluda_cli.data.demo_houses import Range
-from cluda_cli.data.demo_objects import Palette
-from cluda_cli.data.demo_scenes import Layout
+from cluda_cli.demo.houses import Range
+from cluda_cli.demo.objects import Palette
+from cluda_cli.demo.scenes import Layout
 
 
 @dataclass(frozen=True)

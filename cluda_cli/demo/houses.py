@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
-from cluda_cli.data import demo_objects as objects
-from cluda_cli.data.demo_canvas import Look, Point
-from cluda_cli.data.demo_objects import LABEL, Brush, rectangle
-from cluda_cli.data.demo_vehicles import box, inset
+from cluda_cli.demo import objects as objects
+from cluda_cli.demo.canvas import Look, Point
+from cluda_cli.demo.objects import LABEL, Brush, rectangle
+from cluda_cli.demo.vehicles import box, inset
 
 Range = tuple[float, float]
 _DEPTH = 12.0  # metres of a house, away from the street

@@ -8,8 +8,8 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from cluda_cli.data.demo_canvas import Canvas, Look, Rgb
 from cluda_cli.data.labels import CITYSCAPES
+from cluda_cli.demo.canvas import Canvas, Look, Rgb
 
 LABEL = {row.name: row.label_id for row in CITYSCAPES}
 UNLABELLED = 0

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from cluda_cli.data import demo_objects as objects
-from cluda_cli.data import demo_vehicles as vehicles
-from cluda_cli.data.demo_canvas import Look
-from cluda_cli.data.demo_houses import Range, backdrop, frontage
-from cluda_cli.data.demo_objects import LABEL, Brush
+from cluda_cli.demo import objects as objects
+from cluda_cli.demo import vehicles as vehicles
+from cluda_cli.demo.canvas import Look
+from cluda_cli.demo.houses import Range, backdrop, frontage
+from cluda_cli.demo.objects import LABEL, Brush
 
 _END = 100.0  # the street ends in a backdrop beyond
 _BEHIND = -4.0

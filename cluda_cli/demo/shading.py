@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cluda_cli.data.demo_canvas import FINE, HEIGHT, SKY_DISTANCE, WIDTH, Camera, Floats, Light, Scene
+from cluda_cli.demo.canvas import FINE, HEIGHT, SKY_DISTANCE, WIDTH, Camera, Floats, Light, Scene
 
 NOISE_SIDE = 256
 _NOISE_CELLS = 8  # coarsest cells along a side of the noise tile

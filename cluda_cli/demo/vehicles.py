@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cluda_cli.data.demo_canvas import Look, Point
-from cluda_cli.data.demo_objects import LABEL, Brush, disc
+from cluda_cli.demo.canvas import Look, Point
+from cluda_cli.demo.objects import LABEL, Brush, disc
 
 _DETAIL = 45.0  # metres; beyond, lamps and wheels cannot be made out and are left out
 

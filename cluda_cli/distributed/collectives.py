@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from cluda_cli import console, launch
+from cluda_cli import console
+from cluda_cli.distributed import launch
 from cluda_cli.errors import CludaError, EnvironmentProblem, RunError, SettingsError, first_line
 
 ALONE = launch.Place(rank=0, local_rank=0, world_size=1, talks=True)

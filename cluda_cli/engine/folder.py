@@ -20,12 +20,14 @@ import timm
 import torch
 import torchvision
 
-from cluda_cli import __version__, parallel
+from cluda_cli import __version__
 from cluda_cli.data.index import Index
-from cluda_cli.engine.checkpoint import load_state, save_state, save_weights
+from cluda_cli.distributed import collectives
 from cluda_cli.engine.run import Run
+from cluda_cli.engine.sharding import whole
 from cluda_cli.errors import DataError, SettingsError
 from cluda_cli.files import remove_temporaries, write_json, write_text
+from cluda_cli.inference.weights_file import load_state, save_state, save_weights
 
 
 class RunFolder:
@@ -51,7 +53,7 @@ class RunFolder:
     def begin(self, run: Run, source: Index, target: Index) -> None:
         """Make the folder that of a new run, with a state from which a run killed early resumes too."""
         state = run.state_dict()
-        if parallel.rank():
+        if collectives.rank():
             return
         for leftover in [self.metrics, self.best, self.last, self.state, *self.pictures.glob("*.png")]:
             leftover.unlink(missing_ok=True)
@@ -83,7 +85,7 @@ class RunFolder:
             raise SettingsError(
                 f"the run is at step {run.step}, beyond {steps}", "training.steps", "give a larger --steps"
             )
-        if parallel.rank():
+        if collectives.rank():
             return
         if self.metrics.is_file():  # what was written after the saved state will be written again
             lines = [line for line in self.metrics.read_text(encoding="utf-8").splitlines() if _belongs(line, run)]
@@ -100,7 +102,7 @@ class RunFolder:
         """Last weights and resumable state; the state comes last, because the weights follow from it."""
         self._save_weights(run, self.last)
         state = run.state_dict()
-        if not parallel.rank():
+        if not collectives.rank():
             save_state(self.state, state)
 
     def save_best(self, run: Run) -> None:
@@ -108,11 +110,13 @@ class RunFolder:
 
     def _save_weights(self, run: Run, path: Path) -> None:
         name = run.settings.evaluation.network
-        save_weights(path, run.evaluated, run.settings, run.classes, run.seen, name, run.step)
+        state = whole(run.evaluated.state_dict())
+        if not collectives.rank():
+            save_weights(path, state, run.settings, run.classes, run.seen, name, run.step)
 
     def log(self, line: dict[str, Any]) -> None:
         """Append a line to the metrics; NaN becomes null, which every JSON reader accepts."""
-        if parallel.rank():
+        if collectives.rank():
             return
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(line)) + "\n")
@@ -145,7 +149,7 @@ def _manifest(run: Run, source: Index, target: Index) -> dict[str, Any]:
         "versions": versions,
         "commit": _commit(),
         "device": str(run.device),
-        "devices": parallel.world_size(),
+        "devices": collectives.world_size(),
         "gpu": gpu,
         "platform": platform.platform(),
         "weights": weights,

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from cluda_cli import parallel
 from cluda_cli.adaptation.views import View
 from cluda_cli.data.streams import Batch
 from cluda_cli.data.transforms import denormalise, normalise
+from cluda_cli.distributed import collectives
 from cluda_cli.engine.run import Run
 from cluda_cli.files import atomic
 
@@ -31,7 +31,7 @@ def write_pictures(path: Path, run: Run, batch: Batch, views: Sequence[View]) ->
     by_name = {view.name: view for view in views}
     source, mixed, masked = (by_name.get(name) for name in ("source", "mixed", "masked"))
     prediction = _predict(run, batch)
-    if parallel.rank():
+    if collectives.rank():
         return
     for i in range(len(batch.source_image)):
         shown = batch.source_image[i] if source is None else _shown(source, i)

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from cluda_cli import parallel
 from cluda_cli.adaptation.teacher import Teacher
 from cluda_cli.data.index import Index, seen_classes
+from cluda_cli.distributed import collectives
 from cluda_cli.engine.optim import build_optimizer
 from cluda_cli.engine.sharding import shard, spread, spread_moments, whole
 from cluda_cli.engine.verdict import Verdict
@@ -51,7 +51,7 @@ class Run:
             torch.compile(self.student) if compiled else self.student
         )
         self.teacher = Teacher(self.student, settings.teacher)
-        sharded = settings.training.shard and parallel.world_size() > 1
+        sharded = settings.training.shard and collectives.world_size() > 1
         if sharded:
             shard((self.student, self.teacher.network), self.objectives, device)
         self.looks_later = device.type == "cuda" and not sharded

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from cluda_cli import parallel
+from cluda_cli.distributed import collectives
 from cluda_cli.models.segmenter import Detail, Output, Segmenter
 
 _known_to_torch = False
@@ -24,7 +24,7 @@ _known_to_torch = False
 def shard(networks: Sequence[Segmenter], objectives: nn.ModuleDict, device: torch.device) -> None:
     """Spread networks and what objectives learn; optimizers are to be built after it."""
     _tell_torch()
-    mesh = init_device_mesh(device.type, (parallel.world_size(),))
+    mesh = init_device_mesh(device.type, (collectives.world_size(),))
     for network in networks:
         for block in _blocks(network.encoder):
             fully_shard(block, mesh=mesh)
@@ -69,7 +69,7 @@ def whole(value: Any) -> Any:
     """State with every spread tensor gathered, through dicts. All processes must call it."""
     if isinstance(value, DTensor):
         return value.full_tensor()
-    if isinstance(value, dict) and parallel.world_size() > 1:
+    if isinstance(value, dict) and collectives.world_size() > 1:
         return {key: whole(item) for key, item in value.items()}
     return value
 
@@ -88,7 +88,7 @@ def like(tensor: Tensor, model: Tensor) -> Tensor:
 
 def spread(state: dict[str, Any], module: nn.Module) -> dict[str, Any]:
     """A module's whole state, as that module can load it."""
-    if parallel.world_size() == 1:
+    if collectives.world_size() == 1:
         return state
     own = module.state_dict()
     return {name: like(value, own[name]) if name in own else value for name, value in state.items()}

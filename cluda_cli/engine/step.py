@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cluda_cli import parallel
 from cluda_cli.adaptation.views import View, make_views
 from cluda_cli.data.streams import Batch
+from cluda_cli.distributed import collectives
 from cluda_cli.engine.optim import set_learning_rate
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.sharding import local, whole
@@ -50,8 +50,8 @@ def training_step(run: Run, batch: Batch) -> StepResult:
     while view := _next_view(run, making):
         views.append(view)
         terms |= _learn(run, view, {n: o for n, o in objectives.items() if view.name in o.views})
-    parallel.average(local(gradients := _gradients(run)))
-    terms = dict(zip(terms, parallel.mean(torch.stack(list(terms.values()))).unbind(), strict=True))
+    collectives.average(local(gradients := _gradients(run)))
+    terms = dict(zip(terms, collectives.mean(torch.stack(list(terms.values()))).unbind(), strict=True))
     verdict = Verdict(step, terms | {"gradient": whole(torch.nn.utils.get_total_norm(gradients))})
     _admit(run, verdict, before)
     set_learning_rate(run.optimizer, run.settings.optimizer, step, run.settings.training.steps)
@@ -96,7 +96,7 @@ def _learn(run: Run, view: View, objectives: dict[str, torch.nn.Module]) -> dict
     training, count = run.settings.training, len(view.image)
     # Dropout and stochastic depth know only the global generator, so it is seeded for this view of this step, and so
     # that images at different positions of the joint batch do not lose the same channels.
-    process = [parallel.rank()] if parallel.rank() else []
+    process = [collectives.rank()] if collectives.rank() else []
     torch.manual_seed(derive_seed(training.seed, f"student {view.name}", run.step, *process))
     terms: dict[str, Tensor] = {}
     for start in range(0, count, training.micro_batch or count):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cluda_cli import settings
 from cluda_cli.data.transforms import fit_box, normalise, resize_image
-from cluda_cli.engine.overlap import pinned, sent
+from cluda_cli.inference.prefetch import pinned, sent
 from cluda_cli.models.boxes import Size, window_corners
 from cluda_cli.models.segmenter import Segmenter
 

@@ -4,7 +4,7 @@ Neither is ever unpickled: weights are safetensors, state is read with `weights_
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
-from cluda_cli import __version__, parallel, presets
+from cluda_cli import __version__, presets
 from cluda_cli.data.labels import ClassTable
-from cluda_cli.engine.sharding import whole
 from cluda_cli.errors import CludaError, DataError, EnvironmentProblem, first_line
 from cluda_cli.files import atomic
 from cluda_cli.models.multires import build_segmenter
@@ -46,14 +46,14 @@ class Deployed:
 
 def save_weights(
     path: Path,
-    network: Segmenter,
+    state: Mapping[str, Tensor],
     settings: Settings,
     classes: ClassTable,
     seen: Sequence[str],
     network_name: str,
     step: int,
 ) -> None:
-    """Write one network with all that is needed to run it, atomically; of several processes the first one writes."""
+    """Write the whole state of one network with all that is needed to run it, atomically."""
     description = {
         "format": FORMAT,
         "version": __version__,
@@ -63,9 +63,7 @@ def save_weights(
         "network": network_name,
         "step": step,
     }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in whole(network.state_dict()).items()}
-    if parallel.rank():
-        return
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with _writing(path) as temporary:
         save_file(tensors, temporary, metadata={"cluda": json.dumps(description)})
 

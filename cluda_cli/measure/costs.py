@@ -14,10 +14,10 @@ import torch
 
 from cluda_cli.data.index import Index
 from cluda_cli.data.streams import Batch, Steps
-from cluda_cli.engine.parts import synchronise
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.step import training_step
 from cluda_cli.errors import CludaError
+from cluda_cli.measure.spans import synchronise
 from cluda_cli.settings import Settings
 
 MOST_IMAGES = 256

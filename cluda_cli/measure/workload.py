@@ -8,8 +8,8 @@ from torch import Tensor
 
 from cluda_cli.data.index import Index
 from cluda_cli.data.streams import Batch, batches
-from cluda_cli.data.synthetic import synthetic_batch, synthetic_labels
 from cluda_cli.engine.run import Run
+from cluda_cli.measure.synthetic import synthetic_batch, synthetic_labels
 from cluda_cli.seeds import derive_seed
 from cluda_cli.settings import Settings
 

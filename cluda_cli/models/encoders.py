@@ -15,8 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cluda_cli import settings
 from cluda_cli.errors import DataError, SettingsError
 from cluda_cli.files import sha256
-from cluda_cli.models import weights
 from cluda_cli.models.mit import VARIANTS, MixTransformer
+from cluda_cli.models.published import encoders as weights
 from cluda_cli.models.timm_encoders import WHERE, PlainViT, TimmEncoder, is_plain, no_dilation
 
 Encoder = MixTransformer | TimmEncoder | PlainViT

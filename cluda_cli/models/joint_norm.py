@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cluda_cli import parallel
+from cluda_cli.distributed import collectives
 from cluda_cli.errors import SettingsError
 
 
@@ -19,7 +19,7 @@ def synchronise(module: nn.Module) -> None:
 
     Names and tensors of the state stay; alone, nothing changes. Raises SettingsError for an unknown kind of batch norm.
     """
-    if parallel.world_size() == 1:
+    if collectives.world_size() == 1:
         return
     kinds = {nn.BatchNorm1d: JointBatchNorm1d, nn.BatchNorm2d: JointBatchNorm2d, BatchNormAct2d: JointBatchNormAct2d}
     for norm in module.modules():
@@ -58,10 +58,10 @@ def joint_batch_norm(norm: _BatchNorm, features: Tensor) -> Tensor:
     Running statistics move as those of a batch norm on the joint batch.
     """
     axes = [axis for axis in range(features.dim()) if axis != 1]
-    count = parallel.joint(features.numel() // features.shape[1])
+    count = collectives.joint(features.numel() // features.shape[1])
     with torch.no_grad():
         variance, mean = torch.var_mean(_precise(features), axes, correction=0)
-        means, variances = parallel.gather(torch.stack([mean, variance])[None]).unbind(1)  # world_size C
+        means, variances = collectives.gather(torch.stack([mean, variance])[None]).unbind(1)  # world_size C
         mean = means.mean(0)
         variance = (variances + (means - mean) ** 2).mean(0)
         if norm.track_running_stats:
@@ -98,7 +98,9 @@ class _Normalise(torch.autograd.Function):
         mean, inverse = mean.view(shape), inverse.view(shape)
         precise, unit = _precise(gradient), (_precise(features) - mean) * inverse
         sums = torch.stack([precise.sum(axes), (precise * unit).sum(axes)])  # 2 C
-        shift, slope = parallel.total(sums).div(parallel.joint(features.numel() // features.shape[1])).view(2, *shape)
+        shift, slope = collectives.total(sums).view(2, *shape) / collectives.joint(
+            features.numel() // features.shape[1]
+        )
         scale = inverse if weight is None else inverse * weight.view(shape)
         to_features = (scale * (precise - shift - unit * slope)).to(features.dtype)
         to_bias, to_weight = sums.to(features.dtype if weight is None else weight.dtype)

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cluda_cli import parallel, settings
+from cluda_cli import settings
 from cluda_cli.adaptation.views import View
 from cluda_cli.data.labels import IGNORE, ClassTable
+from cluda_cli.distributed import collectives
 from cluda_cli.errors import SettingsError, nearest
 from cluda_cli.models.segmenter import Output
 
@@ -55,8 +56,8 @@ def masked_distance(features: Tensor, pretrained: Tensor, mask: Tensor) -> Tenso
     values is the distance.
     """
     distance = torch.linalg.vector_norm(features - pretrained, dim=1)  # B h w
-    cells = parallel.total(mask.sum()).clamp_min(1)
-    return parallel.world_size() * torch.where(mask, distance, 0).sum() / cells
+    cells = collectives.total(mask.sum()).clamp_min(1)
+    return collectives.world_size() * torch.where(mask, distance, 0).sum() / cells
 
 
 def downscale_label(label: Tensor, size: tuple[int, int], min_share: float, num_classes: int) -> Tensor:

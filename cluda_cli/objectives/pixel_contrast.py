@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cluda_cli import parallel, settings
+from cluda_cli import settings
 from cluda_cli.adaptation.views import View
+from cluda_cli.distributed import collectives
 from cluda_cli.models.boxes import Boxes
 from cluda_cli.models.decoders import DAFormerDecoder
 from cluda_cli.models.segmenter import Output
-from cluda_cli.objectives.contrast_kernel import contrast, multires_contrast
+from cluda_cli.objectives.contrast.kernel import contrast, multires_contrast
 
 
 class PixelContrast(nn.Module):
@@ -40,11 +41,11 @@ class PixelContrast(nn.Module):
         with torch.autocast(output.features.device.type, enabled=False):
             features, weight = output.features.float(), view.weight.float()
             if self.weighter is None or output.detail is None:
-                rows = map(parallel.gather, to_rows(features, view.label, weight, size))
+                rows = map(collectives.gather, to_rows(features, view.label, weight, size))
                 return contrast(*rows, temperature=temperature)
             mix = self.weighter([maps.float() for maps in output.encoder])[0].sigmoid()  # B 1 h w
             detail, boxes = output.detail.features.float(), output.detail.boxes
-            rows = map(parallel.gather, to_multires_rows(features, detail, boxes, mix, view.label, weight, size))
+            rows = map(collectives.gather, to_multires_rows(features, detail, boxes, mix, view.label, weight, size))
             return multires_contrast(*rows, temperature=temperature)
 
 

@@ -1,7 +1,7 @@
 """CamVid's label files: 32 colours grouped to eleven classes, SegNet's copy, and the customary split."""
 
-from cluda_cli.data.label_files import ColorLabels, IdLabels
 from cluda_cli.data.labels import CAMVID, IGNORE, Color, id_table
+from cluda_cli.preparation.label_files import ColorLabels, IdLabels
 
 # SegNet's copy of CamVid stores 11 for void.
 SEGNET_LABELS = IdLabels(tuple(id_table((c.label_id, i) for i, c in enumerate(CAMVID))), (*range(12), IGNORE))

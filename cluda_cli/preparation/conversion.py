@@ -19,12 +19,12 @@ from typing import TypeVar
 from PIL import Image
 
 from cluda_cli.console import Progress
-from cluda_cli.data.datasets import Dataset
-from cluda_cli.data.label_files import LabelReader, count_pixels, image_size
-from cluda_cli.data.pairing import Pair, find_pairs
-from cluda_cli.data.problems import BadFile, Kind, Problem
 from cluda_cli.errors import DataError, EnvironmentProblem
 from cluda_cli.files import atomic, write_text
+from cluda_cli.preparation.label_files import LabelReader, count_pixels, image_size
+from cluda_cli.preparation.pairing import Pair, find_pairs
+from cluda_cli.preparation.problems import BadFile, Kind, Problem
+from cluda_cli.preparation.published import Dataset
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from cluda_cli.data.labels import IGNORE, Color
-from cluda_cli.data.problems import BadFile, Kind, describe_ids
+from cluda_cli.preparation.problems import BadFile, Kind, describe_ids
 
 LOSSY_FORMATS = frozenset({"JPEG", "MPO", "WEBP", "JPEG2000", "AVIF", "HEIF"})
 UNKNOWN = 254  # stands for a colour outside the table while a label is decoded; no train id

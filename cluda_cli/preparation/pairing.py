@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from cluda_cli.data.problems import Kind, Problem
+from cluda_cli.preparation.problems import Kind, Problem
 
 
 @dataclass(frozen=True)

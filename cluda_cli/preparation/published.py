@@ -4,9 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluda_cli.data.archives import Archive
-from cluda_cli.data.camvid import CAMVID_COLORS, SEGNET_LABELS, camvid_split
-from cluda_cli.data.label_files import FirstChannelLabels, IdLabels, LabelReader
 from cluda_cli.data.labels import (
     CAMVID,
     CITYSCAPES,
@@ -18,8 +15,11 @@ from cluda_cli.data.labels import (
     LabelClass,
     id_table,
 )
-from cluda_cli.data.pairing import Split, find_files
 from cluda_cli.errors import DataError
+from cluda_cli.preparation.archives import Archive
+from cluda_cli.preparation.camvid import CAMVID_COLORS, SEGNET_LABELS, camvid_split
+from cluda_cli.preparation.label_files import FirstChannelLabels, IdLabels, LabelReader
+from cluda_cli.preparation.pairing import Split, find_files
 
 Margins = tuple[int, int, int, int]
 

@@ -1,7 +1,7 @@
 """Time and memory of the pixel contrast against the same mathematics written plainly.
 
-    python tests/bench/bench_contrast.py [--side 65] [--rounds 5] [--threads 2]
-    python tests/bench/bench_contrast.py --scaling [--full]
+    python tests/benchmarks/bench_contrast.py [--side 65] [--rounds 5] [--threads 2]
+    python tests/benchmarks/bench_contrast.py --scaling [--full]
 
 Features are 2 x 256 x side x side with twelve classes in uneven shares and confidence weights, as in a mixed view; the
 contrast of two resolutions also has detail features in a crop of a quarter of the area. The two forms of a contrast are
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluda_cli import console
-from cluda_cli.objectives.contrast_kernel import contrast, multires_contrast
+from cluda_cli.objectives.contrast.kernel import contrast, multires_contrast
 
 CLASS_SHARES = (0.33, 0.20, 0.13, 0.10, 0.08, 0.05, 0.04, 0.03, 0.02, 0.01, 0.006, 0.004)
 CHANNELS = 256

@@ -1,6 +1,6 @@
 """Share of the wall time of `eval`, `predict` and `pseudo-label` that is spent in the network, and where the rest goes.
 
-    python tests/bench/bench_evaluation.py [--images 6] [--rounds 3] [--device auto]
+    python tests/benchmarks/bench_evaluation.py [--images 6] [--rounds 3] [--device auto]
 
 Images are synthetic PNGs of 2048 x 1024 pixels that compress like photographs, or those of a prepared dataset with
 --ckpt WEIGHTS --dataset NAME --data-root ROOT; the network of the synthetic ones has random weights: MobileNetV2 with a
@@ -23,15 +23,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cluda_cli import console, predict, pseudo_label, settings
+from cluda_cli import console, settings
+from cluda_cli.commands import predict, pseudo_label
+from cluda_cli.commands.evaluate import score
 from cluda_cli.data.index import Index, Item, find
 from cluda_cli.data.labels import CITYSCAPES, ClassTable
 from cluda_cli.data.transforms import read_image
-from cluda_cli.engine.checkpoint import Deployed, load_weights, save_weights
-from cluda_cli.engine.device import pick_device
-from cluda_cli.engine.inference import Frame, predict_labels
-from cluda_cli.engine.metrics import Confusion
-from cluda_cli.evaluate import score
+from cluda_cli.inference.device import pick_device
+from cluda_cli.inference.metrics import Confusion
+from cluda_cli.inference.sliding import Frame, predict_labels
+from cluda_cli.inference.weights_file import Deployed, load_weights, save_weights
 from cluda_cli.models.segmenter import Segmenter
 
 
@@ -60,7 +61,7 @@ def synthetic(folder: Path, images: int, size: tuple[int, int], box: tuple[int, 
         objectives=settings.Objectives(feature_distance=None),
     )
     weights = folder / "run" / "last.safetensors"
-    save_weights(weights, Segmenter(model, len(classes)), chosen, classes, classes.names, "student", 0)
+    save_weights(weights, Segmenter(model, len(classes)).state_dict(), chosen, classes, classes.names, "student", 0)
     return folder, weights
 
 

@@ -1,7 +1,7 @@
 """Memory of one training step and of validation: the peak of live tensor bytes, part by part.
 
-    python tests/bench/bench_memory.py [--preset hrda-cluda] [--set section.key=value ...]
-    python tests/bench/bench_memory.py --real --set model.encoder=mit_b0 --set data.crop=[512,512]
+    python tests/benchmarks/bench_memory.py [--preset hrda-cluda] [--set section.key=value ...]
+    python tests/benchmarks/bench_memory.py --real --set model.encoder=mit_b0 --set data.crop=[512,512]
 
 Tensors are fake: they have shapes but no memory, so any machine can plan for the largest network. What runs is the step
 itself without what reads values: jitter, blur and the update are left out (no graph is alive then), the detail crop is
@@ -37,7 +37,8 @@ from cluda_cli.adaptation import views
 from cluda_cli.adaptation.teacher import Teacher
 from cluda_cli.data.labels import CITYSCAPES, ClassTable
 from cluda_cli.data.streams import Batch
-from cluda_cli.engine import inference, step
+from cluda_cli.engine import step
+from cluda_cli.inference import sliding as inference
 from cluda_cli.models import multires
 from cluda_cli.models.boxes import Boxes, Size
 from cluda_cli.objectives import build_objectives, pixel_contrast

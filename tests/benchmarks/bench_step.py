@@ -1,6 +1,6 @@
 """Time of a training step with each lever off and on, on whatever device there is.
 
-    python tests/bench/bench_step.py --preset daformer-cluda --preset small [--rounds 5] [--threads 1]
+    python tests/benchmarks/bench_step.py --preset daformer-cluda --preset small [--rounds 5] [--threads 1]
 
 For each lever the same run takes steps in turn without and with it, on a synthetic batch with random weights; the
 ratio is that of the medians, and above 1 the lever wins. On a GPU "everything" compares float32 and eager mode without
@@ -24,11 +24,11 @@ from torch import Tensor
 from cluda_cli import console, presets
 from cluda_cli.adaptation.teacher import Teacher, ema_decay
 from cluda_cli.data.streams import Batch
-from cluda_cli.data.synthetic import synthetic_source
-from cluda_cli.engine.device import pick_device
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.step import training_step
-from cluda_cli.engine.workload import batch_stream, busiest_step, label_believably, measurable
+from cluda_cli.inference.device import pick_device
+from cluda_cli.measure.synthetic import synthetic_source
+from cluda_cli.measure.workload import batch_stream, busiest_step, label_believably, measurable
 from cluda_cli.models import decoders
 from cluda_cli.models.multires import MultiResolution
 from cluda_cli.settings import Settings

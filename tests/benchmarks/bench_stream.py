@@ -1,6 +1,6 @@
 """Samples per second of one core: the stream, with and without a cache, against a loader written plainly.
 
-    OMP_NUM_THREADS=1 python tests/bench/bench_stream.py [--samples 12] [--repeats 5] [--images 12]
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_stream.py [--samples 12] [--repeats 5] [--images 12]
 
 The plain loader does for every try what the method's description says: decode image and label, resize the frame, draw
 crops until one is diverse, flip; and again if the crop holds too little of the drawn class. It decodes with the same
@@ -28,12 +28,12 @@ from PIL import Image
 from torch import Tensor
 
 from cluda_cli import settings
-from cluda_cli.data.cache import write_cache
 from cluda_cli.data.index import Index, Item
 from cluda_cli.data.labels import CITYSCAPES, IGNORE, ClassTable
 from cluda_cli.data.streams import Steps
 from cluda_cli.data.transforms import fit_box, read_image, read_label, resize_label_region
 from cluda_cli.files import write_json
+from cluda_cli.preparation.caching import write_cache
 from cluda_cli.seeds import derive_seed
 
 SIZES = {

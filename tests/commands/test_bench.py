@@ -8,15 +8,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cluda_cli import bench as verb
 from cluda_cli import presets
 from cluda_cli.adaptation.teacher import Teacher
 from cluda_cli.cli import app
+from cluda_cli.commands import bench as verb
 from cluda_cli.data.index import find
 from cluda_cli.data.streams import Steps
-from cluda_cli.data.synthetic import UNEVENNESS, synthetic_batch, synthetic_labels
-from cluda_cli.engine import workload
-from cluda_cli.engine.workload import busiest_step
+from cluda_cli.measure import workload
+from cluda_cli.measure.synthetic import UNEVENNESS, synthetic_batch, synthetic_labels
+from cluda_cli.measure.workload import busiest_step
 
 TINY = {
     "data": {"crop": [32, 48], "target_box": [48, 80], "workers": 0},
@@ -140,7 +140,7 @@ def test_a_batch_that_does_not_fit_is_told_with_one_that_does(tiny, monkeypatch)
         if len(batch.source_image) > 3:
             raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("cluda_cli.engine.costs.training_step", step)
+    monkeypatch.setattr("cluda_cli.measure.costs.training_step", step)
     result = run("--set", "data.batch_size=8")
     assert result.exit_code == 4
     assert result.stderr.startswith("error: data.batch_size: 8 source and target images do not fit cpu\n")

@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
+from cluda_cli.commands.evaluate import evaluate, score
 from cluda_cli.data.index import Index, Item
 from cluda_cli.data.labels import CITYSCAPES, IGNORE, ClassTable, LabelClass
 from cluda_cli.data.transforms import read_image
-from cluda_cli.engine.checkpoint import save_weights
-from cluda_cli.engine.inference import image_logits
-from cluda_cli.engine.metrics import Confusion, percent
 from cluda_cli.errors import DataError
-from cluda_cli.evaluate import evaluate, score
+from cluda_cli.inference.metrics import Confusion, percent
+from cluda_cli.inference.sliding import image_logits
+from cluda_cli.inference.weights_file import save_weights
 from cluda_cli.models.segmenter import Segmenter
 from cluda_cli.settings import Data, Decoder, Evaluation, Model, Objectives, Settings
 
@@ -67,7 +67,7 @@ def checkpoint(tmp_path: Path) -> Path:
         objectives=Objectives(feature_distance=None),
     )
     path = tmp_path / "run" / "best.safetensors"
-    save_weights(path, make_network(19), settings, CITY, SEEN, "student", 7)
+    save_weights(path, make_network(19).state_dict(), settings, CITY, SEEN, "student", 7)
     return path
 
 
@@ -179,7 +179,7 @@ def test_other_class_tables_have_one_protocol(tmp_path: Path, capsys: pytest.Cap
         objectives=Objectives(feature_distance=None),
     )
     path = tmp_path / "last.safetensors"
-    save_weights(path, make_network(4), settings, table, table.names, "teacher", 1)
+    save_weights(path, make_network(4).state_dict(), settings, table, table.names, "teacher", 1)
     evaluate(path, dataset="toy", device="cpu", as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert list(found["protocols"]) == ["all"] and found["unseen"] == [] and found["network"] == "teacher"

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from cluda_cli import presets
 from cluda_cli.cli import app
-from cluda_cli.engine.checkpoint import load_weights
 from cluda_cli.files import sha256
+from cluda_cli.inference.weights_file import load_weights
 from cluda_cli.models.multires import build_segmenter
 from cluda_cli.models.segmenter import Segmenter
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+from cluda_cli.commands.predict import OUTPUTS, find_images, newest_checkpoint, predict
 from cluda_cli.data.labels import CITYSCAPES, ClassTable, LabelClass
 from cluda_cli.data.transforms import read_image
-from cluda_cli.engine.checkpoint import save_weights
-from cluda_cli.engine.inference import image_logits
 from cluda_cli.errors import DataError, SettingsError
+from cluda_cli.inference.sliding import image_logits
+from cluda_cli.inference.weights_file import save_weights
 from cluda_cli.models.segmenter import Segmenter
-from cluda_cli.predict import OUTPUTS, find_images, newest_checkpoint, predict
 from cluda_cli.settings import Data, Decoder, Evaluation, Model, Objectives, Settings
 
 TABLE = ClassTable(CITYSCAPES[:6])
@@ -39,7 +39,7 @@ def make_network() -> Segmenter:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     path = tmp_path / "runs" / "a" / "best.safetensors"
-    save_weights(path, make_network(), SETTINGS, TABLE, TABLE.names, "student", 7)
+    save_weights(path, make_network().state_dict(), SETTINGS, TABLE, TABLE.names, "student", 7)
     return path
 
 
@@ -200,7 +200,7 @@ def test_unknown_output_and_unfit_label_ids_are_settings_errors(checkpoint: Path
         with pytest.raises(SettingsError, match="--output"):
             predict([str(picture)], checkpoint=checkpoint, out=tmp_path / "out", outputs=outputs, device="cpu")
     table = ClassTable((*CITYSCAPES[:5], LabelClass("plate", (0, 0, 142), -1)))
-    save_weights(checkpoint, make_network(), SETTINGS, table, table.names, "student", 7)
+    save_weights(checkpoint, make_network().state_dict(), SETTINGS, table, table.names, "student", 7)
     with pytest.raises(SettingsError, match="plate"):
         predict([str(picture)], checkpoint=checkpoint, out=tmp_path / "out", outputs=["label-id"], device="cpu")
 

@@ -14,11 +14,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cluda_cli.cli import app
-from cluda_cli.data import conversion
+from cluda_cli.commands.prepare import prepare
 from cluda_cli.data.cache import best_cache
 from cluda_cli.data.index import Index
 from cluda_cli.errors import DataError, SettingsError
-from cluda_cli.prepare import prepare
+from cluda_cli.preparation import conversion
 
 DESCRIPTION = """
 root = "raw"
@@ -331,7 +331,7 @@ def test_demo_is_made_and_gives_two_datasets(
             label(folder / part / "labels/0.png", [[7, 26, 0], [0, 8, 7]])
         (folder / "demo.json").write_text(json.dumps({}))
 
-    monkeypatch.setitem(sys.modules, "cluda_cli.data.demo", SimpleNamespace(make_demo=make_demo))
+    monkeypatch.setitem(sys.modules, "cluda_cli.demo.dataset", SimpleNamespace(make_demo=make_demo))
     with pytest.raises(DataError, match="run without --check"):
         prepare("demo", tmp_path, check=True)
     render, camera = prepare("demo", tmp_path, workers=1)
@@ -370,7 +370,7 @@ def test_one_worker_starts_no_process(town: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_preparing_needs_no_torch() -> None:
     """Each worker process imports this much; torch would cost it seconds and half a gigabyte."""
-    code = "import sys, cluda_cli.prepare, cluda_cli.data.conversion; sys.exit('torch' in sys.modules)"
+    code = "import sys, cluda_cli.commands.prepare, cluda_cli.preparation.conversion; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+from cluda_cli.commands.pseudo_label import median_thresholds, pseudo_label
 from cluda_cli.data.index import Index, Item, find
 from cluda_cli.data.labels import CITYSCAPES, IGNORE, ClassTable
 from cluda_cli.data.transforms import read_image
-from cluda_cli.engine.checkpoint import save_weights
-from cluda_cli.engine.inference import image_logits
 from cluda_cli.errors import DataError, SettingsError
+from cluda_cli.inference.sliding import image_logits
+from cluda_cli.inference.weights_file import save_weights
 from cluda_cli.models.segmenter import Segmenter
-from cluda_cli.pseudo_label import median_thresholds, pseudo_label
 from cluda_cli.settings import Data, Decoder, Evaluation, Model, Objectives, Settings
 
 TABLE = ClassTable(CITYSCAPES[:6])
@@ -43,7 +43,7 @@ def make_checkpoint(root: Path, margins: tuple[int, int, int, int] | None = None
         objectives=Objectives(feature_distance=None),
     )
     path = root / "run" / "best.safetensors"
-    save_weights(path, make_network(), settings, TABLE, TABLE.names, "student", 7)
+    save_weights(path, make_network().state_dict(), settings, TABLE, TABLE.names, "student", 7)
     return path
 
 

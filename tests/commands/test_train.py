@@ -15,13 +15,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from cluda_cli import presets
-from cluda_cli import train as verb
+from cluda_cli.commands import train as verb
+from cluda_cli.commands.train import train
 from cluda_cli.data.index import find
 from cluda_cli.data.labels import ClassTable
-from cluda_cli.engine.checkpoint import load_state, load_weights
 from cluda_cli.engine.folder import RunFolder
 from cluda_cli.errors import DataError, Interrupted, RunError, SettingsError
-from cluda_cli.train import train
+from cluda_cli.inference.weights_file import load_state, load_weights
 
 CPU = torch.device("cpu")
 

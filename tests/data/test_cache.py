@@ -12,8 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cluda_cli.data import cache as module
-from cluda_cli.data.cache import Box, Cache, best_cache, read_cache, stored_size, write_cache
+from cluda_cli.data.cache import Box, Cache, best_cache, read_cache, stored_size
 from cluda_cli.data.frames import Frames
 from cluda_cli.data.index import Index, Item
 from cluda_cli.data.labels import CITYSCAPES, ClassTable
@@ -21,6 +20,8 @@ from cluda_cli.data.sampling import Crop
 from cluda_cli.data.streams import Steps, batches
 from cluda_cli.errors import DataError, EnvironmentProblem
 from cluda_cli.files import write_json
+from cluda_cli.preparation import caching as module
+from cluda_cli.preparation.caching import write_cache
 from cluda_cli.settings import Data, RareClass
 
 SIZES = [(60, 90), (60, 90), (80, 70)]  # the last is a portrait

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from cluda_cli.data.datasets import CITYSCAPES_LABELS, SYNTHIA_LABELS, TRAIN_ID_LABELS
 from cluda_cli.data.labels import CAMVID, CITYSCAPES, IGNORE, PROTOCOLS, ClassTable, LabelClass, id_table
+from cluda_cli.preparation.published import CITYSCAPES_LABELS, SYNTHIA_LABELS, TRAIN_ID_LABELS
 
 MAPS = "12_label_maps/label_maps"
 

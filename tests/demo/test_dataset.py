@@ -9,11 +9,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from cluda_cli.data import demo
-from cluda_cli.data.demo_canvas import HEIGHT, WIDTH, Camera, Canvas, Light, Look
-from cluda_cli.data.demo_domains import DOMAINS
-from cluda_cli.data.demo_shading import make_noise, shade
 from cluda_cli.data.labels import CITYSCAPES
+from cluda_cli.demo import dataset as demo
+from cluda_cli.demo.canvas import HEIGHT, WIDTH, Camera, Canvas, Light, Look
+from cluda_cli.demo.domains import DOMAINS
+from cluda_cli.demo.shading import make_noise, shade
 from cluda_cli.errors import DataError
 
 COUNTS = {"render": {"train": 2, "val": 1}, "camera": {"train": 1, "val": 2}}

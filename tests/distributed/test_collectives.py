@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import save_file
 
 import cluda_cli
-from cluda_cli import launch, parallel, presets
+from cluda_cli import presets
+from cluda_cli.commands.train import train
 from cluda_cli.data.index import find
 from cluda_cli.data.streams import Steps
-from cluda_cli.engine.checkpoint import load_state
+from cluda_cli.distributed import collectives, launch
 from cluda_cli.errors import DataError, SettingsError
+from cluda_cli.inference.weights_file import load_state
 from cluda_cli.models.encoders import build_encoder
-from cluda_cli.train import train
 
 WORKER = Path(__file__).parent / "two_processes.py"
 ROOT = str(Path(cluda_cli.__file__).parents[1])
@@ -105,12 +106,12 @@ def test_two_processes_compute_what_one_does(tiny_settings, tmp_path, changes):
 
 
 def test_images_are_shared_out_evenly_or_not_at_all(monkeypatch):
-    monkeypatch.setattr(parallel, "_place", launch.Place(rank=1, local_rank=1, world_size=2, talks=False))
-    assert parallel.positions(4) == range(2, 4)
+    monkeypatch.setattr(collectives, "_place", launch.Place(rank=1, local_rank=1, world_size=2, talks=False))
+    assert collectives.positions(4) == range(2, 4)
     with pytest.raises(SettingsError, match=r"data\.batch_size: 3 images per domain .* -> give a multiple of 2"):
-        parallel.positions(3)
+        collectives.positions(3)
     with pytest.raises(SettingsError, match='"cuda:1" is one device'):
-        parallel.device_name("cuda:1")
+        collectives.device_name("cuda:1")
 
 
 def test_the_place_is_what_torchrun_says(monkeypatch):

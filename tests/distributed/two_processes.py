@@ -6,13 +6,14 @@ from unittest.mock import patch
 
 import torch
 
-from cluda_cli import parallel, presets
+from cluda_cli import presets
+from cluda_cli.commands.evaluate import score
 from cluda_cli.data.index import find
 from cluda_cli.data.streams import batches
+from cluda_cli.distributed import collectives
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.sharding import whole
 from cluda_cli.engine.step import training_step
-from cluda_cli.evaluate import score
 from cluda_cli.settings import Settings
 
 
@@ -27,7 +28,7 @@ def outcome(settings: Settings) -> dict[str, Any]:
     with patch.object(torch.Tensor, "float", torch.Tensor.double):  # losses are in float32 whatever the networks have
         for module in (run.student, run.teacher, run.objectives):
             module.double()
-        mine = parallel.positions(settings.data.batch_size)
+        mine = collectives.positions(settings.data.batch_size)
         for i, batch in enumerate(batches(source, target, settings.data, 0, 0, 2, positions=mine)):
             found[f"terms {i}"] = dict(training_step(run, batch).terms)
             found |= {f"{part} {i}": tensors for part, tensors in state(run).items()}
@@ -50,6 +51,6 @@ def state(run: Run) -> dict[str, dict[str, torch.Tensor]]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with parallel.joined():
+    with collectives.joined():
         results = outcome(presets.load([sys.argv[1]]))
-        torch.save(results, f"{sys.argv[2]}-{parallel.rank()}.pt")
+        torch.save(results, f"{sys.argv[2]}-{collectives.rank()}.pt")

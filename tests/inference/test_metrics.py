@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cluda_cli.data.labels import CAMVID, CITYSCAPES, PROTOCOLS, ClassTable
-from cluda_cli.engine.metrics import Confusion, Scores, histogram
+from cluda_cli.inference.metrics import Confusion, Scores, histogram
 
 CITY = ClassTable(CITYSCAPES)
 SYNTHIA_SEEN = tuple(name for name in CITY.names if name not in {"terrain", "truck", "train"})

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cluda_cli.engine import overlap
-from cluda_cli.engine.overlap import Fetched, overlapped, pinned, write_png
+from cluda_cli.inference import prefetch as overlap
+from cluda_cli.inference.prefetch import Fetched, overlapped, pinned, write_png
 
 
 def test_overlapped_keeps_order_and_looks_only_a_few_items_ahead() -> None:

@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cluda_cli import settings
 from cluda_cli.data.transforms import fit_box, normalise, resize_image
-from cluda_cli.engine import inference
-from cluda_cli.engine.inference import Frame, Limits, evaluating, image_logits, predict_labels, segment
-from cluda_cli.engine.overlap import Fetched
+from cluda_cli.inference import sliding as inference
+from cluda_cli.inference.prefetch import Fetched
+from cluda_cli.inference.sliding import Frame, Limits, evaluating, image_logits, predict_labels, segment
 from cluda_cli.models.boxes import window_starts
 from cluda_cli.models.multires import MultiResolution
 from cluda_cli.models.segmenter import Output

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from cluda_cli.data.labels import CITYSCAPES, ClassTable
-from cluda_cli.engine.checkpoint import load_state, load_weights, save_state, save_weights
 from cluda_cli.errors import DataError, EnvironmentProblem
 from cluda_cli.files import atomic
+from cluda_cli.inference.weights_file import load_state, load_weights, save_state, save_weights
 from cluda_cli.models.segmenter import Segmenter
 from cluda_cli.presets import load
 
@@ -24,7 +24,7 @@ SETTINGS = load([], {"model": {"encoder": "mit_b0", "decoder": {"embed_dim": 8, 
 def weights(tmp_path):
     network = Segmenter(SETTINGS.model, 3)
     path = tmp_path / "best.safetensors"
-    save_weights(path, network, SETTINGS, CLASSES, ("road",), "student", 12)
+    save_weights(path, network.state_dict(), SETTINGS, CLASSES, ("road",), "student", 12)
     return path, network
 
 
@@ -85,7 +85,7 @@ def test_a_full_disk_is_one_clear_message_and_leaves_the_old_file(write, weights
     try:
         with pytest.raises((EnvironmentProblem, OSError)) as failure:
             if write == "weights":
-                save_weights(path, network, SETTINGS, CLASSES, ("road",), "student", 13)
+                save_weights(path, network.state_dict(), SETTINGS, CLASSES, ("road",), "student", 13)
             else:
                 save_state(path, network.state_dict())
     finally:

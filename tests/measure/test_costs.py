@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from cluda_cli.data.synthetic import synthetic_batch, synthetic_source
-from cluda_cli.engine import costs
-from cluda_cli.engine.costs import MemoryWatch, Spread, largest_batch, step_fits, step_times
 from cluda_cli.engine.run import Run
-from cluda_cli.engine.workload import measurable
+from cluda_cli.measure import costs
+from cluda_cli.measure.costs import MemoryWatch, Spread, largest_batch, step_fits, step_times
+from cluda_cli.measure.synthetic import synthetic_batch, synthetic_source
+from cluda_cli.measure.workload import measurable
 
 CPU = torch.device("cpu")
 

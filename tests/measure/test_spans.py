@@ -5,12 +5,12 @@ import time
 import pytest
 import torch
 
-from cluda_cli.data.synthetic import synthetic_batch, synthetic_source
 from cluda_cli.engine import step
-from cluda_cli.engine.parts import OTHER, Parts
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.step import training_step
-from cluda_cli.engine.workload import measurable
+from cluda_cli.measure.spans import OTHER, Parts
+from cluda_cli.measure.synthetic import synthetic_batch, synthetic_source
+from cluda_cli.measure.workload import measurable
 
 CPU = torch.device("cpu")
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from cluda_cli import settings
 from cluda_cli.adaptation.views import View
-from cluda_cli.engine import inference
-from cluda_cli.engine.inference import image_logits
+from cluda_cli.inference import sliding as inference
+from cluda_cli.inference.sliding import image_logits
 from cluda_cli.models.boxes import Boxes
 from cluda_cli.models.multires import MultiResolution, entropy, most_uncertain
 from cluda_cli.models.segmenter import Output

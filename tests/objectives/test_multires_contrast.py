@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluda_cli.objectives import contrast_tiles
-from cluda_cli.objectives.contrast_kernel import contrast, multires_contrast
+from cluda_cli.objectives.contrast import tiles as contrast_tiles
+from cluda_cli.objectives.contrast.kernel import contrast, multires_contrast
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 

@@ -11,7 +11,7 @@ from cluda_cli import settings
 from cluda_cli.adaptation.views import View
 from cluda_cli.models.boxes import Boxes
 from cluda_cli.models.segmenter import Detail, Output
-from cluda_cli.objectives.contrast_kernel import contrast, multires_contrast
+from cluda_cli.objectives.contrast.kernel import contrast, multires_contrast
 from cluda_cli.objectives.pixel_contrast import PixelContrast, to_multires_rows, to_rows
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from cluda_cli.data import archives
-from cluda_cli.data.archives import Archive, Limits, find_archives, missing_members, unpack
 from cluda_cli.errors import DataError
+from cluda_cli.preparation import archives
+from cluda_cli.preparation.archives import Archive, Limits, find_archives, missing_members, unpack
 
 IMAGES = Archive("*.zip", ("images",))
 

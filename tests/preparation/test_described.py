@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cluda_cli.data.descriptions import generated_color, parse_color, read_description
-from cluda_cli.data.label_files import ColorLabels
 from cluda_cli.data.labels import CITYSCAPES, IGNORE
-from cluda_cli.data.pairing import find_pairs
 from cluda_cli.errors import DataError, SettingsError
+from cluda_cli.preparation.described import generated_color, parse_color, read_description
+from cluda_cli.preparation.label_files import ColorLabels
+from cluda_cli.preparation.pairing import find_pairs
 
 MINIMAL = """
 [ids]

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cluda_cli.data.camvid import CAMVID_COLORS
-from cluda_cli.data.datasets import CITYSCAPES_LABELS, SYNTHIA_LABELS
-from cluda_cli.data.label_files import FirstChannelLabels, IdLabels, LabelReader, count_pixels, image_size
 from cluda_cli.data.labels import IGNORE, id_table
-from cluda_cli.data.problems import BadFile, Kind
+from cluda_cli.preparation.camvid import CAMVID_COLORS
+from cluda_cli.preparation.label_files import FirstChannelLabels, IdLabels, LabelReader, count_pixels, image_size
+from cluda_cli.preparation.problems import BadFile, Kind
+from cluda_cli.preparation.published import CITYSCAPES_LABELS, SYNTHIA_LABELS
 
 COLOR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}  # PNG colour type by number of channels
 TWO_CLASSES = IdLabels(tuple(id_table([(0, 0), (1, 1)])), (0, 1))

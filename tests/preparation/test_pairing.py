@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from cluda_cli.data.pairing import Split, find_pairs
-from cluda_cli.data.problems import Kind
+from cluda_cli.preparation.pairing import Split, find_pairs
+from cluda_cli.preparation.problems import Kind
 
 
 def make(root: Path, *names: str) -> None:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cluda_cli.data.archives import Archive
-from cluda_cli.data.datasets import PUBLISHED, Dataset, Published, camvid_split, demo_datasets
 from cluda_cli.data.labels import CAMVID, CITYSCAPES, IGNORE, ClassTable
-from cluda_cli.data.pairing import Pair, find_pairs
 from cluda_cli.errors import DataError
+from cluda_cli.preparation.archives import Archive
+from cluda_cli.preparation.pairing import Pair, find_pairs
+from cluda_cli.preparation.published import PUBLISHED, Dataset, Published, camvid_split, demo_datasets
 
 BY_NAME = {published.name: published for published in PUBLISHED}
 CAR = 26  # Cityscapes label id, train id 13

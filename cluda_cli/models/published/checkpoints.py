@@ -18,8 +18,8 @@ from torch import Tensor
 
 from cluda_cli import presets, settings
 from cluda_cli.errors import DataError
-from cluda_cli.models import weights
 from cluda_cli.models.mit import VARIANTS
+from cluda_cli.models.published import encoders as weights
 
 COPIES = {"student": "model.", "teacher": "ema_model."}
 WEIGHTER = "decode_head.feat_weighter."  # of CLUDA's contrast, that is of a term of the loss, not of the network

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from cluda_cli.data.labels import IGNORE
-from cluda_cli.objectives.contrast_pairs import Choice, Masked, Sorted
-from cluda_cli.objectives.contrast_tiles import attract_and_repel
+from cluda_cli.objectives.contrast.pairs import Choice, Masked, Sorted
+from cluda_cli.objectives.contrast.tiles import attract_and_repel
 
 CPU_TILE = 512
 """Side of a tile on a CPU: one megabyte of float32, which stays in the cache between the steps of a tile."""

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluda_cli.objectives.contrast_pairs import Pairs
+from cluda_cli.objectives.contrast.pairs import Pairs
 
 KEPT = 2**25
 """Exponentials kept between the sweeps, at most: 128 MiB of float32."""

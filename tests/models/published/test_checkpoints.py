@@ -11,7 +11,7 @@ from cluda_cli.errors import DataError
 from cluda_cli.models.decoders import DAFormerDecoder
 from cluda_cli.models.mit import Attention, MixTransformer
 from cluda_cli.models.multires import build_segmenter
-from cluda_cli.models.published import Published, class_count, one_network, other_settings
+from cluda_cli.models.published.checkpoints import Published, class_count, one_network, other_settings
 from cluda_cli.settings import Decoder, DeepLabV2, Model, MultiResolution
 
 State = dict[str, Tensor]

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from cluda_cli.errors import DataError, EnvironmentProblem, SettingsError
 from cluda_cli.files import sha256
 from cluda_cli.models.encoders import build_encoder, load_pretrained
+from cluda_cli.models.published.encoders import MIT_HUB, from_authors, locate, to_encoder_names
 from cluda_cli.models.segmenter import Segmenter
-from cluda_cli.models.weights import MIT_HUB, from_authors, locate, to_encoder_names
 from cluda_cli.settings import Decoder, Model
 
 State = dict[str, Tensor]

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cluda_cli.objectives import contrast_tiles
-from cluda_cli.objectives.contrast_kernel import contrast
-from cluda_cli.objectives.contrast_pairs import Masked, Sorted
+from cluda_cli.objectives.contrast import tiles as contrast_tiles
+from cluda_cli.objectives.contrast.kernel import contrast
+from cluda_cli.objectives.contrast.pairs import Masked, Sorted
 
 REFERENCE = [
     "c01_basic", "c02_fdist", "c03_pseudo_weight", "c04_fdist_pseudo_weight", "c05_single_pixel_class",

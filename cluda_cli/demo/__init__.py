@@ -1,0 +1,1 @@
+"""The drawn dataset that comes with the package."""

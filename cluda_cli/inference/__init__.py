@@ -1,0 +1,1 @@
+"""All that evaluation and prediction need: sliding windows, scores, weights files, prefetching."""

@@ -1,0 +1,1 @@
+"""What `bench` needs and training does not."""

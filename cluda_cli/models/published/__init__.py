@@ -1,0 +1,1 @@
+"""Reading of checkpoints and encoder weights that others published."""

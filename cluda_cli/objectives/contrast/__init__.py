@@ -1,0 +1,1 @@
+"""The tiled kernel of the pixel contrast."""

@@ -17,5 +17,5 @@ def block_mask(count: int, size: tuple[int, int], block: int, ratio: float, gene
     blocks all the same, whose sides then differ by a pixel.
     """
     grid = [max(round(side / block), 1) for side in size]
-    visible = collectives.own(torch.rand(collectives.joint(count), 1, *grid, generator=generator)) > ratio
+    visible = collectives.local_rows(torch.rand(collectives.global_count(count), 1, *grid, generator=generator)) > ratio
     return F.interpolate(visible.float(), size, mode="nearest")[:, 0].bool()

@@ -21,8 +21,8 @@ def choose_classes(label: Tensor, generator: torch.Generator) -> Tensor:
     """
     present = torch.zeros(NUM_IDS, dtype=torch.bool, device=label.device)
     present.scatter_(0, label.flatten().long(), True)
-    present = collectives.anywhere(present)
-    score = collectives.own(torch.rand(collectives.joint(len(label)), NUM_IDS, generator=generator))
+    present = collectives.all_reduce_any(present)
+    score = collectives.local_rows(torch.rand(collectives.global_count(len(label)), NUM_IDS, generator=generator))
     score = score.to(label.device, non_blocking=True)
     score = score.masked_fill(~present, torch.inf)
     rank = score.argsort(dim=1, stable=True).argsort(dim=1)  # B 256, 0 = smallest score

@@ -24,13 +24,13 @@ def strong_augment(image: Tensor, mixing: settings.Mixing, generator: torch.Gene
     Every number is drawn whether used or not, so that one probability does not change what the other one decides, and
     for the joint batch of all processes, of which each uses its own.
     """
-    count, strength = collectives.joint(len(image)), mixing.jitter_strength
+    count, strength = collectives.global_count(len(image)), mixing.jitter_strength
     jitter, blur = torch.rand(2, generator=generator).tolist()
     offset = strength * (2 * torch.rand(count, 4, generator=generator) - 1)  # B 4
     order = torch.stack([torch.randperm(4, generator=generator) for _ in range(count)])  # B 4
     smallest, largest = mixing.blur_sigma
     sigma = smallest + (largest - smallest) * torch.rand(count, generator=generator)  # B
-    offset, order, sigma = (collectives.own(drawn) for drawn in (offset, order, sigma))
+    offset, order, sigma = (collectives.local_rows(drawn) for drawn in (offset, order, sigma))
     if jitter > 1 - mixing.jitter_probability:
         factors = offset + torch.tensor([1.0, 1.0, 1.0, 0.0])
         image = normalise(255 * color_jitter(denormalise(image), factors, order))

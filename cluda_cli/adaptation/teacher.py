@@ -82,5 +82,5 @@ def labels_and_weights(logits: Tensor, confidence: float, valid: Tensor) -> tupl
     """
     logits = F.interpolate(logits.float(), valid.shape[-2:], mode="bilinear", align_corners=False)  # B K H W
     probability, label = logits.softmax(dim=1).max(dim=1)  # B H W
-    share = collectives.mean((probability >= confidence).float().mean())
+    share = collectives.all_reduce_mean((probability >= confidence).float().mean())
     return label, share * valid.float()

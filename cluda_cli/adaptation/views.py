@@ -122,5 +122,5 @@ def _first_halves(source: Tensor, target: Tensor) -> Tensor:
 
     Halves are those of the joint batch, so that rows of other processes may be needed.
     """
-    source, target = collectives.gather(source), collectives.gather(target)
-    return collectives.own(torch.cat([source[: len(source) // 2], target[: (len(target) + 1) // 2]]))
+    source, target = collectives.all_gather_rows(source), collectives.all_gather_rows(target)
+    return collectives.local_rows(torch.cat([source[: len(source) // 2], target[: (len(target) + 1) // 2]]))

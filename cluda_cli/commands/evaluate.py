@@ -18,7 +18,7 @@ from cluda_cli.errors import DataError
 from cluda_cli.files import write_json
 from cluda_cli.inference.device import pick_device
 from cluda_cli.inference.metrics import Confusion, Scores, percent
-from cluda_cli.inference.prefetch import overlapped, pinned, sent
+from cluda_cli.inference.prefetch import pin_memory, prefetch, to_device
 from cluda_cli.inference.sliding import Frame, evaluating, segment
 from cluda_cli.inference.weights_file import load_weights
 from cluda_cli.models.segmenter import Segmenter
@@ -102,11 +102,11 @@ def score(
     read = partial(_read_pair, index, np.array(index.classes.remap_to(classes), dtype=np.uint8), box, device)
     share = items[collectives.rank() :: collectives.world_size()]
     progress = console.Progress(f"evaluating {index.name} {split}", len(share))
-    with collectives.together(), progress, evaluating(network):
-        for label, prediction, _ in segment(network, overlapped(read, share), evaluation):
-            confusion.update(prediction, sent(label, device))  # nothing waits for a GPU until all are counted
+    with collectives.fail_together(), progress, evaluating(network):
+        for label, prediction, _ in segment(network, prefetch(read, share), evaluation):
+            confusion.update(prediction, to_device(label, device))  # nothing waits for a GPU until all are counted
             progress.advance()
-    confusion.counts = collectives.total(confusion.counts)
+    confusion.counts = collectives.all_reduce_sum(confusion.counts)
     return Scores(classes, tuple(seen), index.classes.names, confusion, len(items))
 
 
@@ -127,7 +127,7 @@ def _read_pair(
     if unknown:
         what = f"label holds {', '.join(unknown)}; train ids are 0..{len(index.classes) - 1} and {IGNORE}"
         raise DataError(what, path, "run `cluda prepare` again")
-    return Frame.of(image, box, device), pinned(torch.from_numpy(table[label.numpy()]), device)
+    return Frame.of(image, box, device), pin_memory(torch.from_numpy(table[label.numpy()]), device)
 
 
 def announce_classes(labelled: ClassTable, predicted: ClassTable) -> None:

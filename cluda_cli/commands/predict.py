@@ -16,7 +16,7 @@ from cluda_cli.data.labels import ClassTable
 from cluda_cli.data.transforms import read_image
 from cluda_cli.errors import DataError, SettingsError
 from cluda_cli.inference.device import pick_device
-from cluda_cli.inference.prefetch import Fetched, overlapped, write_png
+from cluda_cli.inference.prefetch import Fetched, prefetch, write_png
 from cluda_cli.inference.sliding import Frame, segment
 from cluda_cli.inference.weights_file import Deployed, load_weights
 
@@ -80,7 +80,7 @@ def predict(
             progress.advance()
 
         predictions = _predictions(deployed, jobs, outputs, skip)
-        for job in overlapped(partial(_write, deployed.classes), predictions):
+        for job in prefetch(partial(_write, deployed.classes), predictions):
             files = {output: str(path) for output, path in job.targets.items()}
             done.append({"input": str(job.source), "outputs": files})
             progress.advance()
@@ -185,7 +185,7 @@ def _predictions(
         return Frame.of(image, settings.data.target_box, device), image if "overlay" in outputs else None
 
     def frames() -> Iterator[tuple[Frame, tuple[_Job, Tensor | None]]]:
-        for job, found in zip(jobs, overlapped(read, jobs), strict=True):
+        for job, found in zip(jobs, prefetch(read, jobs), strict=True):
             if isinstance(found, DataError):
                 skip(job, found)
             else:

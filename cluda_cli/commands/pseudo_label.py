@@ -28,7 +28,7 @@ from cluda_cli.errors import SettingsError
 from cluda_cli.files import sha256, write_json
 from cluda_cli.inference.device import pick_device
 from cluda_cli.inference.metrics import histogram
-from cluda_cli.inference.prefetch import Fetched, overlapped, write_png
+from cluda_cli.inference.prefetch import Fetched, prefetch, write_png
 from cluda_cli.inference.sliding import Frame, segment
 from cluda_cli.inference.weights_file import Deployed, load_weights
 
@@ -125,7 +125,7 @@ def _label(deployed: Deployed, index: Index, split: str, out: Path, threshold: f
     items, device = [], next(deployed.network.parameters()).device
     total = torch.zeros(len(deployed.classes), 256, dtype=torch.int64, device=device)
     with console.Progress(f"labelling {index.name} {split}", len(index.split(split))) as progress:
-        for item in overlapped(partial(_write, out), _predictions(deployed, index, split, threshold, total)):
+        for item in prefetch(partial(_write, out), _predictions(deployed, index, split, threshold, total)):
             items.append(item)
             progress.advance()
     return items, total.cpu()
@@ -142,7 +142,7 @@ def _predictions(
     def read(named: tuple[Item, str]) -> tuple[Frame, tuple[Item, str]]:
         return Frame.of(read_image(index.image_path(named[0])), settings.data.target_box, total.device), named
 
-    frames = overlapped(read, zip(items, names, strict=True))
+    frames = prefetch(read, zip(items, names, strict=True))
     for (item, name), label, confidence in segment(deployed.network, frames, settings.inference, confidence=True):
         assert confidence is not None
         level = (confidence * 255).round().to(torch.uint8)
@@ -181,7 +181,7 @@ def _apply(out: Path, items: Sequence[Item], thresholds: Sequence[float | None])
             keep[train_id] = threshold <= LEVELS.numpy()
     with console.Progress("applying the thresholds", len(items)) as progress:
         result = []
-        for item in overlapped(partial(_rewrite, out, keep), items):
+        for item in prefetch(partial(_rewrite, out, keep), items):
             result.append(item)
             progress.advance()
     return result

@@ -22,7 +22,7 @@ from cluda_cli.distributed import collectives
 from cluda_cli.engine.folder import RunFolder
 from cluda_cli.engine.pictures import write_pictures
 from cluda_cli.engine.run import Run
-from cluda_cli.engine.sharding import gathered
+from cluda_cli.engine.sharding import unsharded
 from cluda_cli.engine.step import training_step
 from cluda_cli.errors import CludaError, Interrupted
 from cluda_cli.inference.device import pick_device
@@ -41,17 +41,17 @@ def train(settings: Settings, folder: Path, *, resume: bool = False, overwrite: 
     Raises SettingsError for a folder that exists, RunError for a non-finite loss, Interrupted after Ctrl-C or SIGTERM,
     DataError for a file that turns out bad. Once the run has begun, its state is saved before any of them.
     """
-    with collectives.joined():
+    with collectives.process_group():
         _train(settings, folder, resume, overwrite)
 
 
 def _train(settings: Settings, folder: Path, resume: bool, overwrite: bool) -> None:
     """`train`, among the processes of the run."""
     files = RunFolder(folder)
-    with collectives.together():
+    with collectives.fail_together():
         if not collectives.rank():
             _make_demo(settings)
-    with collectives.together():
+    with collectives.fail_together():
         run, source, target, stream = _build(settings, files, resume, overwrite)
     steps = settings.training.steps
     with _StopRequest() as stop:
@@ -81,8 +81,8 @@ def _build(
 ) -> tuple[Run, Index, Index, Generator[Batch, None, None]]:
     """The run at its step, both datasets, and the batches from there on; writes nothing but to resume."""
     data, training = settings.data, settings.training
-    positions = collectives.positions(data.batch_size)
-    device = pick_device(collectives.device_name(training.device))
+    positions = collectives.local_positions(data.batch_size)
+    device = pick_device(collectives.local_device(training.device))
     source, target = (prepared.find(name, data.root) for name in (data.source, data.target))
     if not resume:
         files.refuse_taken(overwrite)
@@ -107,7 +107,7 @@ def _loop(
         while True:
             if _due(run.step, training.save_every, steps):
                 files.save(run)
-            if collectives.any_of(stop.requested):
+            if collectives.any_rank(stop.requested):
                 raise _StopAsked
             if labelled and _due(run.step, training.validate_every, steps) and run.validated < run.step:
                 with progress.paused():
@@ -115,7 +115,7 @@ def _loop(
                 files.save(run)
             if run.step == steps:
                 return
-            with collectives.together():
+            with collectives.fail_together():
                 batch = next(stream).to(run.device)
             result = training_step(run, batch)
             note = ""
@@ -134,7 +134,7 @@ def _due(step: int, every: int, steps: int) -> bool:
 def _validate(run: Run, files: RunFolder, target: Index, stop: "_StopRequest") -> None:
     """Score the evaluated network on the target's val split; keep its weights if it is the best so far."""
     settings, data = run.settings, run.settings.data
-    with stop.immediate(), gathered(run.evaluated):
+    with stop.immediate(), unsharded(run.evaluated):
         scores = score(
             run.evaluated, target, "val", run.classes, run.seen, data.target_box, settings.inference, run.device
         )

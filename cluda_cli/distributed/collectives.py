@@ -29,7 +29,7 @@ BUCKET = 2**24
 _place = ALONE
 
 
-class PeerLost(Exception):  # noqa: N818  the error is the peer's, and it has told it
+class RankLost(Exception):  # noqa: N818  the error is the peer's, and it has told it
     """Another process has ended while this one waited for it."""
 
 
@@ -43,7 +43,7 @@ def world_size() -> int:
 
 
 @contextmanager
-def joined() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Meet the other processes of the run, if there are any, for the length of the block.
 
     Of all that goes wrong in the processes, only the first is told; the others end quietly, with their exit code.
@@ -61,9 +61,9 @@ def joined() -> Iterator[None]:
     _place = place
     try:
         yield
-        any_of(False)  # nobody leaves while others work
+        any_rank(False)  # nobody leaves while others work
         dist.destroy_process_group()
-    except PeerLost:
+    except RankLost:
         raise SystemExit(1) from None
     except (Exception, KeyboardInterrupt) as problem:
         if not _first_to_tell(store):
@@ -108,7 +108,7 @@ def _end_with_launcher() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def device_name(wanted: str) -> str:
+def local_device(wanted: str) -> str:
     """The name of this process's own device: of the GPU with its number where `wanted` is auto or cuda.
 
     Raises SettingsError for a name that means one device, EnvironmentProblem if there are too few.
@@ -127,7 +127,7 @@ def device_name(wanted: str) -> str:
     return f"cuda:{_place.local_rank}"
 
 
-def positions(batch_size: int) -> range:
+def local_positions(batch_size: int) -> range:
     """Which images of the joint batch this process has. Raises SettingsError if they cannot be shared out evenly."""
     each, rest = divmod(batch_size, world_size())
     if rest:
@@ -136,12 +136,12 @@ def positions(batch_size: int) -> range:
     return range(rank() * each, (rank() + 1) * each)
 
 
-def joint(count: int) -> int:
+def global_count(count: int) -> int:
     """Images of the joint batch where each process has `count`."""
     return count * world_size()
 
 
-def own(rows: Tensor) -> Tensor:
+def local_rows(rows: Tensor) -> Tensor:
     """This process's rows of what was made for the joint batch."""
     return rows if world_size() == 1 else rows.chunk(world_size())[rank()]
 
@@ -153,10 +153,10 @@ def _with_peers() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise PeerLost from error
+        raise RankLost from error
 
 
-def total(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum over the processes, without a gradient."""
     if world_size() == 1:
         return tensor
@@ -166,17 +166,17 @@ def total(tensor: Tensor) -> Tensor:
     return summed
 
 
-def mean(tensor: Tensor) -> Tensor:
+def all_reduce_mean(tensor: Tensor) -> Tensor:
     """Mean over the processes, without a gradient."""
-    return tensor if world_size() == 1 else total(tensor) / world_size()
+    return tensor if world_size() == 1 else all_reduce_sum(tensor) / world_size()
 
 
-def anywhere(mask: Tensor) -> Tensor:
+def all_reduce_any(mask: Tensor) -> Tensor:
     """Where a boolean mask of the same shape is set in any process."""
-    return mask if world_size() == 1 else total(mask.int()) > 0
+    return mask if world_size() == 1 else all_reduce_sum(mask.int()) > 0
 
 
-def gather(rows: Tensor) -> Tensor:
+def all_gather_rows(rows: Tensor) -> Tensor:
     """The rows of all processes, as many of each, in the order of the joint batch; n ... -> world_size * n ...
 
     Whoever makes a loss of them makes the same loss in all processes, which spares the way back: by the rule at the top
@@ -196,10 +196,10 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
-        return own(gradient) * world_size()
+        return local_rows(gradient) * world_size()
 
 
-def average(tensors: Sequence[Tensor]) -> None:
+def average_gradients(tensors: Sequence[Tensor]) -> None:
     """Replace tensors of one type, such as gradients, by their mean over the processes."""
     if world_size() == 1:
         return
@@ -207,19 +207,19 @@ def average(tensors: Sequence[Tensor]) -> None:
     for i, tensor in enumerate(tensors):
         bucket.append(tensor)
         if sum(t.numel() for t in bucket) >= BUCKET or i == len(tensors) - 1:
-            means = mean(torch.cat([t.flatten() for t in bucket])).split([t.numel() for t in bucket])
+            means = all_reduce_mean(torch.cat([t.flatten() for t in bucket])).split([t.numel() for t in bucket])
             for old, new in zip(bucket, means, strict=True):
                 old.copy_(new.view_as(old))
             bucket = []
 
 
-def any_of(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Whether it is true in any process; waits for all of them."""
-    return bool(anywhere(torch.tensor(flag)))
+    return bool(all_reduce_any(torch.tensor(flag)))
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def fail_together() -> Iterator[None]:
     """What each process does on its own: what fails in one, fails in all with the same error. Waits for all."""
     if world_size() == 1:
         yield
@@ -227,11 +227,11 @@ def together() -> Iterator[None]:
     problem: Exception | None = None
     try:
         yield
-    except PeerLost:
+    except RankLost:
         raise
     except Exception as error:
         problem = error
-    if not any_of(problem is not None):
+    if not any_rank(problem is not None):
         return
     sent = problem if isinstance(problem, CludaError) or problem is None else RunError(first_line(problem))
     received: list[CludaError | None] = [None] * world_size()

@@ -10,7 +10,7 @@ from cluda_cli.adaptation.teacher import Teacher
 from cluda_cli.data.index import Index, seen_classes
 from cluda_cli.distributed import collectives
 from cluda_cli.engine.optim import build_optimizer
-from cluda_cli.engine.sharding import shard, spread, spread_moments, whole
+from cluda_cli.engine.sharding import gather_state, scatter_optimizer_state, scatter_state, shard
 from cluda_cli.engine.verdict import Verdict
 from cluda_cli.errors import RunError, SettingsError, first_line
 from cluda_cli.models.boxes import Boxes
@@ -98,10 +98,10 @@ class Run:
         with suppress(RunError):
             self.settle()
         return {
-            "student": whole(self.student.state_dict()),
-            "teacher": whole(self.teacher.state_dict()),
-            "objectives": whole(self.objectives.state_dict()),
-            "optimizer": whole(self.optimizer.state_dict()),
+            "student": gather_state(self.student.state_dict()),
+            "teacher": gather_state(self.teacher.state_dict()),
+            "objectives": gather_state(self.objectives.state_dict()),
+            "optimizer": gather_state(self.optimizer.state_dict()),
             "step": self.step,
             "validated": self.validated,
             "best": self.best,
@@ -111,7 +111,7 @@ class Run:
         """Raises SettingsError if the state is of another network or other objectives."""
         try:
             for name, module in (("student", self.student), ("teacher", self.teacher), ("objectives", self.objectives)):
-                module.load_state_dict(spread(state[name], module))
+                module.load_state_dict(scatter_state(state[name], module))
             self._load_optimizer(state["optimizer"])
             self.step, self.validated, self.best = state["step"], state["validated"], state["best"]
         except (RuntimeError, KeyError, ValueError) as error:
@@ -125,7 +125,7 @@ class Run:
         keys = ("base_lr", "weight_decay", "fused")
         own = [{key: group[key] for key in keys} for group in self.optimizer.param_groups]
         groups = [group | values for group, values in zip(state["param_groups"], own, strict=True)]
-        self.optimizer.load_state_dict(spread_moments(state | {"param_groups": groups}, self.optimizer))
+        self.optimizer.load_state_dict(scatter_optimizer_state(state | {"param_groups": groups}, self.optimizer))
 
     def buffers(self) -> list[torch.Tensor]:
         """Every buffer that a forward may change."""

@@ -65,48 +65,48 @@ def _is_block(module: nn.Module) -> bool:
     return any(True for _ in module.children()) and any(True for _ in module.parameters())
 
 
-def whole(value: Any) -> Any:
+def gather_state(value: Any) -> Any:
     """State with every spread tensor gathered, through dicts. All processes must call it."""
     if isinstance(value, DTensor):
         return value.full_tensor()
     if isinstance(value, dict) and collectives.world_size() > 1:
-        return {key: whole(item) for key, item in value.items()}
+        return {key: gather_state(item) for key, item in value.items()}
     return value
 
 
-def local(tensors: Sequence[Tensor]) -> list[Tensor]:
+def unsharded_only(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Those that each process has whole; FSDP2 averages the gradients of the others itself."""
     return [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
 
 
-def like(tensor: Tensor, model: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, model: Tensor) -> Tensor:
     """A whole tensor spread as `model` is, if it is."""
     if not isinstance(model, DTensor):
         return tensor
     return distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements)
 
 
-def spread(state: dict[str, Any], module: nn.Module) -> dict[str, Any]:
+def scatter_state(state: dict[str, Any], module: nn.Module) -> dict[str, Any]:
     """A module's whole state, as that module can load it."""
     if collectives.world_size() == 1:
         return state
     own = module.state_dict()
-    return {name: like(value, own[name]) if name in own else value for name, value in state.items()}
+    return {name: shard_like(value, own[name]) if name in own else value for name, value in state.items()}
 
 
-def spread_moments(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def scatter_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """An optimizer's whole state, as that optimizer can load it; moments lie where their parameters do."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def place(value: Tensor, parameter: Tensor) -> Tensor:
-        return like(value, parameter) if value.shape == parameter.shape else value  # the step count is one number
+        return shard_like(value, parameter) if value.shape == parameter.shape else value  # the step count is one number
 
     moments = {i: {key: place(value, parameters[i]) for key, value in of.items()} for i, of in state["state"].items()}
     return state | {"state": moments}
 
 
 @contextmanager
-def gathered(network: nn.Module) -> Iterator[None]:
+def unsharded(network: nn.Module) -> Iterator[None]:
     """Keep a spread network whole for the block, in which processes may run it as often as each likes."""
     parts = [module for module in network.modules() if isinstance(module, FSDPModule)]
     for part in parts:

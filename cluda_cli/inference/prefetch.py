@@ -22,12 +22,12 @@ R = TypeVar("R")
 THREADS = min(max(os.cpu_count() or 1, 4), 16)  # that decode images ahead of the network, or write results behind it
 
 
-def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+def pin_memory(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor that a GPU can copy while it computes; for other devices as it is."""
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A pinned tensor on the device; a GPU copies it when it comes to it."""
     return tensor.to(device, non_blocking=device.type == "cuda")
 
@@ -46,7 +46,7 @@ class Fetched:
         return self._tensor.numpy()
 
 
-def overlapped(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def prefetch(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """`map` in order, computed in threads a few items ahead. An exception surfaces at its item."""
     pending: deque[Future[R]] = deque()
     with ThreadPoolExecutor(THREADS) as pool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cluda_cli import settings
 from cluda_cli.data.transforms import fit_box, normalise, resize_image
-from cluda_cli.inference.prefetch import pinned, sent
+from cluda_cli.inference.prefetch import pin_memory, to_device
 from cluda_cli.models.boxes import Size, window_corners
 from cluda_cli.models.segmenter import Segmenter
 
@@ -52,7 +52,7 @@ class Frame:
     def of(cls, image: Tensor, box: Size | None, device: torch.device) -> "Frame":
         """An image (uint8 3 H W) resized to fit `box`, where `device` can copy it from while it computes."""
         size = (image.shape[1], image.shape[2])
-        return cls(pinned(resize_image(image, fit_box(size, box)), device), size)
+        return cls(pin_memory(resize_image(image, fit_box(size, box)), device), size)
 
 
 @torch.inference_mode()
@@ -173,7 +173,7 @@ def _resize_rows(matrix: Tensor, count: int) -> Tensor:
 def _coarse_logits(network: Segmenter, frames: Sequence[Frame], evaluation: settings.Evaluation) -> _Coarse:
     """Normalise and forward frames of one size."""
     device = _device(network)
-    images = torch.stack([normalise(sent(frame.pixels, device)) for frame in frames])  # B 3 h w
+    images = torch.stack([normalise(to_device(frame.pixels, device)) for frame in frames])  # B 3 h w
     size = (images.shape[2], images.shape[3])
     with evaluating(network):
         if evaluation.mode == "whole":

@@ -58,10 +58,10 @@ def joint_batch_norm(norm: _BatchNorm, features: Tensor) -> Tensor:
     Running statistics move as those of a batch norm on the joint batch.
     """
     axes = [axis for axis in range(features.dim()) if axis != 1]
-    count = collectives.joint(features.numel() // features.shape[1])
+    count = collectives.global_count(features.numel() // features.shape[1])
     with torch.no_grad():
         variance, mean = torch.var_mean(_precise(features), axes, correction=0)
-        means, variances = collectives.gather(torch.stack([mean, variance])[None]).unbind(1)  # world_size C
+        means, variances = collectives.all_gather_rows(torch.stack([mean, variance])[None]).unbind(1)  # world_size C
         mean = means.mean(0)
         variance = (variances + (means - mean) ** 2).mean(0)
         if norm.track_running_stats:
@@ -98,7 +98,7 @@ class _Normalise(torch.autograd.Function):
         mean, inverse = mean.view(shape), inverse.view(shape)
         precise, unit = _precise(gradient), (_precise(features) - mean) * inverse
         sums = torch.stack([precise.sum(axes), (precise * unit).sum(axes)])  # 2 C
-        shift, slope = collectives.total(sums).view(2, *shape) / collectives.joint(
+        shift, slope = collectives.all_reduce_sum(sums).view(2, *shape) / collectives.global_count(
             features.numel() // features.shape[1]
         )
         scale = inverse if weight is None else inverse * weight.view(shape)

@@ -56,7 +56,7 @@ def masked_distance(features: Tensor, pretrained: Tensor, mask: Tensor) -> Tenso
     values is the distance.
     """
     distance = torch.linalg.vector_norm(features - pretrained, dim=1)  # B h w
-    cells = collectives.total(mask.sum()).clamp_min(1)
+    cells = collectives.all_reduce_sum(mask.sum()).clamp_min(1)
     return collectives.world_size() * torch.where(mask, distance, 0).sum() / cells
 
 

@@ -41,11 +41,13 @@ class PixelContrast(nn.Module):
         with torch.autocast(output.features.device.type, enabled=False):
             features, weight = output.features.float(), view.weight.float()
             if self.weighter is None or output.detail is None:
-                rows = map(collectives.gather, to_rows(features, view.label, weight, size))
+                rows = map(collectives.all_gather_rows, to_rows(features, view.label, weight, size))
                 return contrast(*rows, temperature=temperature)
             mix = self.weighter([maps.float() for maps in output.encoder])[0].sigmoid()  # B 1 h w
             detail, boxes = output.detail.features.float(), output.detail.boxes
-            rows = map(collectives.gather, to_multires_rows(features, detail, boxes, mix, view.label, weight, size))
+            rows = map(
+                collectives.all_gather_rows, to_multires_rows(features, detail, boxes, mix, view.label, weight, size)
+            )
             return multires_contrast(*rows, temperature=temperature)
 
 

@@ -107,11 +107,11 @@ def test_two_processes_compute_what_one_does(tiny_settings, tmp_path, changes):
 
 def test_images_are_shared_out_evenly_or_not_at_all(monkeypatch):
     monkeypatch.setattr(collectives, "_place", launch.Place(rank=1, local_rank=1, world_size=2, talks=False))
-    assert collectives.positions(4) == range(2, 4)
+    assert collectives.local_positions(4) == range(2, 4)
     with pytest.raises(SettingsError, match=r"data\.batch_size: 3 images per domain .* -> give a multiple of 2"):
-        collectives.positions(3)
+        collectives.local_positions(3)
     with pytest.raises(SettingsError, match='"cuda:1" is one device'):
-        collectives.device_name("cuda:1")
+        collectives.local_device("cuda:1")
 
 
 def test_the_place_is_what_torchrun_says(monkeypatch):

@@ -12,7 +12,7 @@ from cluda_cli.data.index import find
 from cluda_cli.data.streams import batches
 from cluda_cli.distributed import collectives
 from cluda_cli.engine.run import Run
-from cluda_cli.engine.sharding import whole
+from cluda_cli.engine.sharding import gather_state
 from cluda_cli.engine.step import training_step
 from cluda_cli.settings import Settings
 
@@ -28,7 +28,7 @@ def outcome(settings: Settings) -> dict[str, Any]:
     with patch.object(torch.Tensor, "float", torch.Tensor.double):  # losses are in float32 whatever the networks have
         for module in (run.student, run.teacher, run.objectives):
             module.double()
-        mine = collectives.positions(settings.data.batch_size)
+        mine = collectives.local_positions(settings.data.batch_size)
         for i, batch in enumerate(batches(source, target, settings.data, 0, 0, 2, positions=mine)):
             found[f"terms {i}"] = dict(training_step(run, batch).terms)
             found |= {f"{part} {i}": tensors for part, tensors in state(run).items()}
@@ -43,7 +43,7 @@ def state(run: Run) -> dict[str, dict[str, torch.Tensor]]:
     """Copies of gradients, parameters, buffers and moments."""
     parts, gradients = run.state_dict(), {}
     for name, module in (("student", run.student), ("objectives", run.objectives)):
-        gradients |= {f"{name}.{n}": whole(p.grad) for n, p in module.named_parameters() if p.grad is not None}
+        gradients |= {f"{name}.{n}": gather_state(p.grad) for n, p in module.named_parameters() if p.grad is not None}
     found = {part: parts[part] for part in ("student", "teacher", "objectives")} | {"gradients": gradients}
     found["optimizer"] = {f"{n} {k}": v for n, kinds in parts["optimizer"]["state"].items() for k, v in kinds.items()}
     return {part: {name: tensor.clone() for name, tensor in tensors.items()} for part, tensors in found.items()}
@@ -51,6 +51,6 @@ def state(run: Run) -> dict[str, dict[str, torch.Tensor]]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with collectives.joined():
+    with collectives.process_group():
         results = outcome(presets.load([sys.argv[1]]))
         torch.save(results, f"{sys.argv[2]}-{collectives.rank()}.pt")

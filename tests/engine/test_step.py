@@ -16,12 +16,6 @@ from cluda_cli.models.encoders import build_encoder
 from cluda_cli.models.multires import MultiResolution
 
 CPU = torch.device("cpu")
-# source, feature distance, contrast on source, mixed, contrast on mixed; in steps 0, 1, 2 of `tiny_settings`
-KNOWN_LOSSES = [
-    [1.5103, 35.4904, 4.9061, 0.7419, 1.4976],
-    [1.6075, 38.7971, 5.0505, 0.8206, 1.6390],
-    [1.6104, 0.0, 5.0561, 0.9369, 1.8577],
-]
 
 
 def changed(settings, tree):
@@ -208,14 +202,6 @@ def test_every_preset_takes_a_step(name, overlay, tiny_settings, tmp_path):
     assert isinstance(run.student, MultiResolution) == bool(preset.model.multires)
     assert all(torch.isfinite(value) for value in result.terms.values())
     assert not torch.equal(before, flat(run.student))
-
-
-def test_a_smoke_run_gives_the_losses_it_always_gave(tiny_settings):
-    """A change that shall not alter numerics passes this; one that shall writes the table anew and says why."""
-    run, stream = start(tiny_settings)
-    steps = [training_step(run, batch).terms for batch, _ in zip(stream, range(3), strict=False)]
-    found = [[round(float(value), 4) for value in terms.values()] for terms in steps]
-    assert found == [pytest.approx(row, rel=1e-2) for row in KNOWN_LOSSES], found
 
 
 def test_a_crop_that_leaves_one_cell_of_one_image_is_refused_before_the_run(tiny_settings):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from cluda_cli.inference import prefetch as overlap
-from cluda_cli.inference.prefetch import Fetched, overlapped, pinned, write_png
+from cluda_cli.inference.prefetch import Fetched, pin_memory, prefetch, write_png
 
 
 def test_overlapped_keeps_order_and_looks_only_a_few_items_ahead() -> None:
@@ -25,7 +25,7 @@ def test_overlapped_keeps_order_and_looks_only_a_few_items_ahead() -> None:
         time.sleep(0.02 if i % 4 == 0 else 0)
         return i * i
 
-    results = overlapped(slow_first, items())
+    results = prefetch(slow_first, items())
     assert next(results) == 0
     assert len(taken) <= 2 * overlap.THREADS
     assert list(results) == [i * i for i in range(1, 30)]
@@ -40,7 +40,7 @@ def test_overlapped_raises_at_the_item_and_begins_nothing_more() -> None:
             raise ValueError("three")
         return i
 
-    results = overlapped(fail_at_three, range(100))
+    results = prefetch(fail_at_three, range(100))
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match="three"):
         next(results)
@@ -66,5 +66,5 @@ def test_png_of_a_photograph_is_not_larger_than_pillow_makes_it(tmp_path: Path) 
 
 def test_without_a_gpu_nothing_is_copied() -> None:
     tensor = torch.arange(6)
-    assert pinned(tensor, torch.device("cpu")) is tensor
+    assert pin_memory(tensor, torch.device("cpu")) is tensor
     assert np.shares_memory(Fetched(tensor).numpy(), tensor.numpy())

@@ -125,7 +125,9 @@ def prepare(
 @app.command()
 def train(
     preset: Presets = None,
-    source: Annotated[str | None, typer.Option(help="Labelled dataset.  [default: gta]")] = None,
+    source: Annotated[
+        list[str] | None, typer.Option(help="Labelled dataset; repeat to draw from several.  [default: gta]")
+    ] = None,
     target: Annotated[str | None, typer.Option(help="Unlabelled dataset.  [default: cityscapes]")] = None,
     data_root: DataRoot = None,
     run: Annotated[Path | None, typer.Option(help="Folder of the run.  [default: runs/<presets>]")] = None,
@@ -171,7 +173,9 @@ def train(
 @app.command(short_help="Measure a step: time by part, memory, hours of the run.")
 def bench(
     preset: Presets = None,
-    source: Annotated[str | None, typer.Option(help="Labelled dataset, read with --data.  [default: gta]")] = None,
+    source: Annotated[
+        list[str] | None, typer.Option(help="Labelled dataset, read with --data; repeatable.  [default: gta]")
+    ] = None,
     target: Annotated[
         str | None, typer.Option(help="Unlabelled dataset, read with --data.  [default: cityscapes]")
     ] = None,
@@ -198,11 +202,11 @@ def bench(
 
 
 def _options(
-    source: str | None, target: str | None, data_root: Path | None, training: dict[str, Any]
+    source: list[str] | None, target: str | None, data_root: Path | None, training: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """The tree of settings of the named options that were given."""
     root = str(data_root) if data_root else None
-    named = {"data": {"source": source, "target": target, "root": root}, "training": training}
+    named = {"data": {"source": source or None, "target": target, "root": root}, "training": training}
     return {section: {k: v for k, v in values.items() if v is not None} for section, values in named.items()}
 
 

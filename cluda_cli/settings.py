@@ -7,7 +7,7 @@ Defaults are the values of the papers (CLUDA on DAFormer, GTA5 -> Cityscapes), s
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 T = TypeVar("T")
 
@@ -26,6 +26,20 @@ def _value(value: Any) -> Any:
 
 Optional = Annotated[T | None, BeforeValidator(_switch)]
 Unset = Annotated[T | None, BeforeValidator(_value)]
+
+
+def _one_or_more(value: Any) -> Any:
+    """A single name is a list of one."""
+    return (value,) if isinstance(value, str) else value
+
+
+def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError("names a dataset twice")
+    return names
+
+
+Names = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_one_or_more), AfterValidator(_distinct)]
 Size = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
 Margins = tuple[
     Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]
@@ -56,10 +70,12 @@ class RareClass(Section):
 class Data(Section):
     """What is trained on."""
 
-    source: str = "gta"
-    """Labelled dataset: the name of a prepared dataset, or a folder that holds an index.json."""
+    source: Names = ("gta",)
+    """Labelled datasets: names of prepared datasets, or folders that hold an index.json; classes match by name."""
+    source_shares: Unset[tuple[Annotated[float, Field(gt=0)], ...]] = None
+    """Share of the source images that each of several sources gives; unset: in proportion to its images."""
     target: str = "cityscapes"
-    """Unlabelled dataset: a name or folder as for the source; its labels serve validation only."""
+    """Unlabelled dataset: a name or folder as for a source; its labels serve validation only."""
     root: Path = Path("data")
     """Folder of the datasets; prepared ones lie in its subfolder `prepared`."""
     crop: Size = (512, 512)
@@ -135,6 +151,10 @@ class Model(Section):
     """A DeepLabV2 head in place of the decoder; false keeps the decoder."""
     multires: Optional[MultiResolution] = None
     """Context and detail resolution; false sees the crop at one resolution."""
+    start: Unset[str] = None
+    """Weights of a run from which student and teacher start, matched by class name; unset: the encoder's weights."""
+    freeze: tuple[Literal["encoder", "decoder", "head"], ...] = ()
+    """Parts that do not learn: the encoder, what the decoder fuses, the classifiers that read it."""
 
 
 class Teacher(Section):
@@ -219,8 +239,8 @@ class PixelContrast(Objective):
 class Objectives(Section):
     """The terms of the loss."""
 
-    source: CrossEntropy = CrossEntropy()
-    """Cross-entropy on labelled source images."""
+    source: Optional[CrossEntropy] = CrossEntropy()
+    """Cross-entropy on labelled source images; false switches it off."""
     mixed: Optional[CrossEntropy] = CrossEntropy()
     """Cross-entropy on class-mixed images with pseudo-labels; false switches it off."""
     masked: Optional[CrossEntropy] = None
@@ -329,6 +349,13 @@ class Settings(Section):
             problems.append("evaluation.stride is larger than evaluation.window, which leaves gaps between windows")
         if self.masking.with_source and self.objectives.masked and self.data.batch_size < 2:
             problems.append("masking.with_source needs a data.batch_size of 2 or more")
+        if set(self.model.freeze) == {"encoder", "decoder", "head"}:
+            problems.append("model.freeze leaves nothing of the network to learn; name at most two parts")
+        shares = self.data.source_shares
+        if shares and len(shares) != len(self.data.source):
+            problems.append(f"data.source_shares must have one share for each source, {len(self.data.source)}")
+        if not any(objective and objective.weight and not objective.start for _, objective in self.objectives):
+            problems.append("objectives has no term that is on from the first step")
         if self.mixing.blur_sigma[0] > self.mixing.blur_sigma[1]:
             problems.append("mixing.blur_sigma must be (smallest, largest)")
         if self.training.shard and self.training.compile:

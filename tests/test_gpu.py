@@ -1,4 +1,4 @@
-"""A training step on a GPU: it never waits for the device, and computes what a CPU computes.
+"""A training step on a GPU: until the check of its gradient it reads nothing back, and it computes what a CPU computes.
 
 Without a GPU, the part of a step that needs the device runs on tensors that have no values, where reading one raises.
 """
@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from cluda_cli import presets
-from cluda_cli.adaptation.views import make_views
+from cluda_cli.adaptation.views import Scene
+from cluda_cli.data.batch import to_device
 from cluda_cli.data.index import find
 from cluda_cli.data.streams import batches
 from cluda_cli.engine import step as engine
@@ -33,22 +34,21 @@ METHODS = pytest.mark.parametrize("tree", [{"training": SELDOM}, MIC_CLUDA], ids
 def start(tiny_settings, tree, device=CPU):
     settings = presets.validate(presets.merge(tiny_settings.model_dump(mode="json"), tree))
     source, target = find("clean", settings.data.root), find("noisy", settings.data.root)
-    run = Run(settings, source, device)
-    return run, iter(batches(source, target, settings.data, settings.training.seed, 0, settings.training.steps))
+    run = Run(settings, [source], device)
+    return run, iter(batches([source], target, settings.data, settings.training.seed, 0, settings.training.steps))
 
 
 @METHODS
 def test_views_outputs_terms_and_gradients_are_never_read_back(tiny_settings, tree, monkeypatch):
     run, stream = start(tiny_settings, tree)
-    batch = next(stream).to(torch.device("meta"))
+    batch = to_device(next(stream), torch.device("meta"))
     for module in (run.student, run.teacher, run.objectives):
         module.to("meta")
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it does not know this device
-    wanted = frozenset({"source", "mixed", "masked"} if "objectives" in tree else {"source", "mixed"})
-    s = run.settings
+    scene = Scene(batch, run.teacher, run.settings.training.seed, 0)
     names = []
-    for view in make_views(batch, run.teacher, wanted, s.mixing, s.masking, s.training.seed, 0):
-        terms = engine._learn(run, view, {n: o for n, o in run.objectives.items() if view.name in o.views})
+    for group in engine.join_groups(run.objectives.values(), list(run.makers)):
+        terms = engine._learn(run, [run.makers[name](scene) for name in group], run.objectives, [])
         assert all(value.device.type == "meta" for value in terms.values())
         names += terms
     assert len(names) == 5
@@ -59,46 +59,10 @@ def test_views_outputs_terms_and_gradients_are_never_read_back(tiny_settings, tr
 
 @pytest.mark.gpu
 @NEEDS_CUDA
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@METHODS
-def test_a_step_never_waits_for_the_device(tiny_settings, tree, precision):
-    run, stream = start(
-        tiny_settings, presets.merge(tree, {"training": {"precision": precision}}), torch.device("cuda")
-    )
-    ready = [next(stream).pin_memory().to(run.device) for _ in range(4)]
-    for batch in ready[:2]:  # libraries wait while they choose their kernels and allocate
-        training_step(run, batch)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for batch in ready[2:]:
-            training_step(run, batch)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    run.settle()
-    assert run.step == 4
-
-
-@pytest.mark.gpu
-@NEEDS_CUDA
 @METHODS
 def test_a_step_gives_the_losses_of_a_cpu(tiny_settings, tree):
     found = []
     for device in (CPU, torch.device("cuda")):
         run, stream = start(tiny_settings, tree, device)
-        found.append({k: float(v) for k, v in training_step(run, next(stream).to(device)).terms.items()})
+        found.append({k: float(v) for k, v in training_step(run, to_device(next(stream), device)).terms.items()})
     assert found[1] == pytest.approx(found[0], rel=2e-2)
-
-
-@pytest.mark.gpu
-@NEEDS_CUDA
-def test_a_broken_step_has_no_effect(tiny_settings, monkeypatch):
-    run, stream = start(tiny_settings, {"training": SELDOM}, torch.device("cuda"))
-    training_step(run, next(stream).to(run.device))
-    before = {k: v.clone() for k, v in (run.student.state_dict() | dict(run.teacher.state_dict())).items()}
-    contrast = type(run.objectives["pixel_contrast"])
-    honest = contrast.forward
-    monkeypatch.setattr(contrast, "forward", lambda *args: honest(*args) * float("nan"))
-    training_step(run, next(stream).to(run.device))
-    assert run.state_dict()["step"] == run.step == 1
-    after = run.student.state_dict() | dict(run.teacher.state_dict())
-    assert all(torch.equal(after[name], value) for name, value in before.items())

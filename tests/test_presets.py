@@ -91,7 +91,7 @@ def test_daformer_cluda_is_the_defaults():
 
 def test_later_wins():
     resolved = presets.load(["dacs", "small"], {"training": {"steps": 7}}, ["training.steps=9", "data.source=synthia"])
-    assert (resolved.training.steps, resolved.data.source, resolved.data.crop) == (9, "synthia", (240, 320))
+    assert (resolved.training.steps, resolved.data.source, resolved.data.crop) == (9, ("synthia",), (240, 320))
 
 
 def test_an_override_switches_an_objective_on_and_off():

@@ -40,13 +40,12 @@ def class_mix(
     target_image: Tensor,
     target_label: Tensor,
     target_weight: Tensor,
-    chosen: Tensor,
+    pasted: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Image (B 3 H W), label and weight (B H W) with the chosen source classes on top of the target.
+    """Image (B 3 H W), label and weight (B H W) with the `pasted` pixels of the source on top of the target.
 
-    Labels and weights are B H W, `chosen` is B 256; pixels of the source have weight 1.
+    Labels and weights are B H W, `pasted` is B H W, bool; pixels of the source have weight 1.
     """
-    mask = class_mask(source_label, chosen)  # B H W
-    image = torch.where(mask[:, None], source_image, target_image)
-    label = torch.where(mask, source_label, target_label)
-    return image, label, target_weight.masked_fill(mask, 1.0)
+    image = torch.where(pasted[:, None], source_image, target_image)
+    label = torch.where(pasted, source_label, target_label)
+    return image, label, target_weight.masked_fill(pasted, 1.0)

@@ -4,7 +4,7 @@ B batch, K classes, H W pixels of the crop, h w cells of the decoder's grid.
 """
 
 import copy
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cluda_cli import settings
 from cluda_cli.distributed import collectives
-from cluda_cli.models.segmenter import Segmenter
+from cluda_cli.models.segmenter import Output, Segmenter
+
+
+class PseudoLabels(NamedTuple):
+    """What the teacher says of target images. B H W each."""
+
+    label: Tensor  # int64 train ids
+    weight: Tensor  # float32, 0..1
+    probability: Tensor  # float32, of the label; 0 where pseudo-labels do not count
 
 
 class Teacher(nn.Module):
@@ -37,28 +45,25 @@ class Teacher(nn.Module):
         return self
 
     @torch.no_grad()
-    def update(self, student: Segmenter, step: int, wanted: Tensor | None = None) -> None:
-        """Move the parameters towards the student's after `step` (>= 1) finished optimizer steps.
-
-        `wanted` is a boolean on the device of the parameters that says whether to, without being read.
-        """
+    def update(self, student: Segmenter, step: int) -> None:
+        """Move the parameters towards the student's after `step` (>= 1) finished optimizer steps."""
         own, others = list(self.network.parameters()), list(student.parameters())
-        share = 1 - ema_decay(step, self.decay)
-        if wanted is None:
-            torch._foreach_lerp_(own, others, share)
-        else:
-            way = torch._foreach_sub(others, own)
-            torch._foreach_mul_(way, wanted * share)
-            torch._foreach_add_(own, way)
+        torch._foreach_lerp_(own, others, 1 - ema_decay(step, self.decay))
 
     @torch.no_grad()
-    def pseudo_labels(self, image: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Label (B H W, int64) and weight (B H W, float32, 0..1) of normalised target images (B 3 H W).
+    def pseudo_labels(self, image: Tensor, valid: Tensor) -> PseudoLabels:
+        """Pseudo-labels of normalised target images (B 3 H W).
 
         `valid` (B H W, bool or 0..1) says where pseudo-labels may have weight. Batch norms see this batch.
         """
+        return label_logits(self.output(image).logits, self.confidence, valid)
+
+    @torch.no_grad()
+    def output(self, image: Tensor) -> Output:
+        """All that the network makes of normalised images (B 3 H W), in the modes of pseudo-labels."""
         self._set_modes()
-        return labels_and_weights(self.network(image).logits, self.confidence, valid)
+        output: Output = self.network(image)
+        return output
 
     def _set_modes(self) -> None:
         """Batch norms in training mode unless the network froze them, all else (dropout, drop-path) in evaluation."""
@@ -73,14 +78,13 @@ def ema_decay(step: int, cap: float) -> float:
     return min(1 - 1 / (step + 1), cap)
 
 
-def labels_and_weights(logits: Tensor, confidence: float, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Pseudo-labels and their weights from logits (B K h w), at the size of `valid` (B H W, bool or 0..1).
+def label_logits(logits: Tensor, confidence: float, valid: Tensor) -> PseudoLabels:
+    """Pseudo-labels from logits (B K h w), at the size of `valid` (B H W, bool or 0..1).
 
-    The label is the most probable class (B H W, int64). The weight (B H W, float32) is one number for the joint batch
-    of all processes, times `valid`: the share of all pixels, valid or not, whose probability is at least `confidence`
-    (DAFormer, section 3.1).
+    The label is the most probable class. The weight is one number for the joint batch of all ranks, times `valid`: the
+    share of all pixels, valid or not, whose probability is at least `confidence` (DAFormer, section 3.1).
     """
     logits = F.interpolate(logits.float(), valid.shape[-2:], mode="bilinear", align_corners=False)  # B K H W
     probability, label = logits.softmax(dim=1).max(dim=1)  # B H W
     share = collectives.all_reduce_mean((probability >= confidence).float().mean())
-    return label, share * valid.float()
+    return PseudoLabels(label, share * valid.float(), probability * valid.float())

@@ -1,43 +1,52 @@
-"""What the student sees in one step. B batch, H W pixels of the crop."""
+"""What a step is given, and what the student sees of it. B batch, H W pixels of the crop."""
 
-from collections.abc import Iterator, Set
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Self
+from functools import cached_property
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from cluda_cli import settings
 from cluda_cli.adaptation.masking import block_mask
-from cluda_cli.adaptation.mixing import choose_classes, class_mix
+from cluda_cli.adaptation.mixing import choose_classes, class_mask, class_mix
 from cluda_cli.adaptation.photometric import strong_augment
 from cluda_cli.adaptation.teacher import Teacher
+from cluda_cli.data.batch import Batch
 from cluda_cli.data.labels import IGNORE
-from cluda_cli.data.streams import Batch
 from cluda_cli.data.transforms import normalise
 from cluda_cli.distributed import collectives
 from cluda_cli.models.boxes import Boxes
+from cluda_cli.models.segmenter import Output
 from cluda_cli.seeds import derive_seed
+from cluda_cli.spans import span
 
 
 @dataclass(frozen=True)
 class View:
     """One batch of images with what is to be learned from them."""
 
-    name: str  # "source" | "mixed" | "masked"
+    name: str
     image: Tensor  # B 3 H W, float32, normalised
     label: Tensor  # B H W, int64 train ids, 255 = ignore
     weight: Tensor  # B H W, float32, 1 on ground truth, teacher confidence elsewhere
+    probability: Tensor  # B H W, float32, the teacher's probability of the label; 1 on ground truth
     boxes: Boxes | None = None  # where a student of two resolutions looks closely; None: where it is least certain
     pseudo_label: Tensor | None = None  # B H W, int64, of the target images of a mixed view, 255 = no pseudo-label
 
     def part(self, images: slice) -> Self:
         """The view of some of its images."""
-        boxes = self.boxes and self.boxes.part(images)
-        return replace(
-            self, image=self.image[images], label=self.label[images], weight=self.weight[images], boxes=boxes,
-            pseudo_label=None if self.pseudo_label is None else self.pseudo_label[images],
-        )  # fmt: skip
+        maps = ("image", "label", "weight", "probability", "pseudo_label")
+        chosen = {name: None if (value := getattr(self, name)) is None else value[images] for name in maps}
+        return replace(self, boxes=self.boxes and self.boxes.part(images), **chosen)
+
+
+class Seen(NamedTuple):
+    """A view, and what the student makes of it."""
+
+    output: Output
+    view: View
 
 
 @dataclass(frozen=True)
@@ -47,80 +56,112 @@ class Domain:
     image: Tensor  # B 3 H W, normalised, 0 on padding
     label: Tensor  # B H W, ground truth or pseudo-label
     weight: Tensor  # B H W
+    probability: Tensor  # B H W, as in `View`
 
 
-def make_views(
-    batch: Batch,
-    teacher: Teacher,
-    wanted: Set[str],
-    mixing: settings.Mixing,
-    masking: settings.Masking,
-    seed: int,
-    step: int,
-) -> Iterator[View]:
-    """Yield the wanted views of a batch: "source", "mixed", "masked".
+class Scene:
+    """The input of a step, before the student sees anything: the batch, the teacher's labels, named generators.
 
-    Each is made when it is asked for, so that the graph of the one before is gone by then. The same seed and step give
-    the same views, whichever of them are wanted.
+    Its domains are made when they are first asked for, so a step that needs no pseudo-label asks no teacher.
     """
-    source_image = normalise(batch.source_image) * batch.source_inside[:, None]
-    source_label = batch.source_label.long()
-    source = Domain(source_image, source_label, torch.ones_like(source_label, dtype=torch.float32))
-    if "source" in wanted:
-        yield _view("source", source, teacher, seed, step)
-    if wanted <= {"source"}:
-        return
-    target_image = normalise(batch.target_image) * batch.target_inside[:, None]
-    target = Domain(target_image, *teacher.pseudo_labels(target_image, batch.target_valid))
-    if "mixed" in wanted:
-        generator = torch.Generator().manual_seed(derive_seed(seed, "mixing", step))
-        view = _view("mixed", _mix(source, target, mixing, generator), teacher, seed, step)
-        if mixing.uncertain_detail_from is not None and step >= mixing.uncertain_detail_from:
-            view = replace(view, boxes=None)
-        yield replace(view, pseudo_label=target.label.masked_fill(~batch.target_valid, IGNORE))
-    if "masked" in wanted:
-        generator = torch.Generator().manual_seed(derive_seed(seed, "masking", step))
-        yield _view("masked", _mask(source, target, mixing, masking, generator), teacher, seed, step)
+
+    def __init__(self, batch: Batch, teacher: Teacher, seed: int, step: int) -> None:
+        self.batch, self.teacher, self.seed, self.step = batch, teacher, seed, step
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A generator on the CPU that only (seed, purpose, step) decides."""
+        return torch.Generator().manual_seed(derive_seed(self.seed, purpose, self.step))
+
+    @cached_property
+    def source(self) -> Domain:
+        """The source with its ground truth."""
+        return self.ground_truth("source")
+
+    @cached_property
+    def target(self) -> Domain:
+        """The target with pseudo-labels."""
+        crops = self.batch["target"]
+        assert crops.valid is not None
+        image = normalise(crops.image) * crops.inside[:, None]
+        with span("teacher"):
+            return Domain(image, *self.teacher.pseudo_labels(image, crops.valid))
+
+    def ground_truth(self, name: str) -> Domain:
+        """Labelled crops of the batch, by their name."""
+        crops = self.batch[name]
+        assert crops.label is not None
+        label = crops.label.long()
+        certain = torch.ones_like(label, dtype=torch.float32)
+        return Domain(normalise(crops.image) * crops.inside[:, None], label, certain, certain)
+
+    def view(self, name: str, shown: Domain) -> View:
+        """A view of a domain, with a detail crop of its own where the network has two resolutions."""
+        size = (shown.image.shape[2], shown.image.shape[3])
+        boxes = self.teacher.network.draw_boxes(len(shown.image), size, self.generator(f"{name} detail"))
+        boxes = boxes and boxes.to(shown.image.device)
+        return View(name, shown.image, shown.label, shown.weight, shown.probability, boxes)
 
 
-def _view(name: str, shown: Domain, teacher: Teacher, seed: int, step: int) -> View:
-    """A view with its own detail crop, where the network has any."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, f"{name} detail", step))
-    size = (shown.image.shape[2], shown.image.shape[3])
-    boxes = teacher.network.draw_boxes(len(shown.image), size, generator)
-    return View(name, shown.image, shown.label, shown.weight, boxes and boxes.to(shown.image.device))
+Maker = Callable[[Scene], View]
+"""Makes one view of a scene. The same seed and step give the same view, whichever other views are made."""
 
 
-def _mix(source: Domain, target: Domain, mixing: settings.Mixing, generator: torch.Generator) -> Domain:
+def make_source(scene: Scene) -> View:
+    """Source images as they are."""
+    return scene.view("source", scene.source)
+
+
+def make_target(scene: Scene) -> View:
+    """Target images as they are, with pseudo-labels."""
+    return scene.view("target", scene.target)
+
+
+@dataclass(frozen=True)
+class MakeMixed:
     """Target images with pseudo-labels under pasted source classes, strongly augmented (DACS, algorithm 1)."""
-    chosen = choose_classes(source.label, generator)
-    image, label, weight = class_mix(source.image, source.label, target.image, target.label, target.weight, chosen)
-    return Domain(strong_augment(image, mixing, generator), label, weight)
+
+    mixing: settings.Mixing
+
+    def __call__(self, scene: Scene) -> View:
+        generator, source, target = scene.generator("mixing"), scene.source, scene.target
+        pasted = class_mask(source.label, choose_classes(source.label, generator))  # B H W
+        image, label, weight = class_mix(source.image, source.label, target.image, target.label, target.weight, pasted)
+        image = strong_augment(image, self.mixing, generator)
+        view = scene.view("mixed", Domain(image, label, weight, target.probability.masked_fill(pasted, 1.0)))
+        start, valid = self.mixing.uncertain_detail_from, scene.batch["target"].valid
+        if start is not None and scene.step >= start:
+            view = replace(view, boxes=None)
+        return replace(view, pseudo_label=target.label.masked_fill(~valid, IGNORE))
 
 
-def _mask(
-    source: Domain, target: Domain, mixing: settings.Mixing, masking: settings.Masking, generator: torch.Generator
-) -> Domain:
+@dataclass(frozen=True)
+class MakeMasked:
     """Target images that hide blocks of what their pseudo-labels show (MIC, section 3.2).
 
     Hidden pixels are 0 after normalisation, the mean colour. With `masking.with_source`, source images with their
     ground truth take the place of half of the target images, as MIC does between real domains.
     """
-    size = (target.image.shape[2], target.image.shape[3])
-    visible = block_mask(len(target.image), size, masking.block_pixels(size), masking.ratio, generator)
-    image = strong_augment(target.image, mixing, generator) if masking.augment else target.image
-    label, weight = target.label, target.weight
-    if masking.with_source:
-        image = _first_halves(source.image, image)
-        label = _first_halves(source.label, label)
-        weight = _first_halves(source.weight, weight)
-    return Domain(image * visible.to(image.device, non_blocking=True)[:, None], label, weight)
+
+    masking: settings.Masking
+    mixing: settings.Mixing
+
+    def __call__(self, scene: Scene) -> View:
+        masking, generator, shown = self.masking, scene.generator("masking"), scene.target
+        size = (shown.image.shape[2], shown.image.shape[3])
+        visible = block_mask(len(shown.image), size, masking.block_pixels(size), masking.ratio, generator)
+        if masking.augment:
+            shown = replace(shown, image=strong_augment(shown.image, self.mixing, generator))
+        if masking.with_source:
+            pairs = zip(vars(scene.source).values(), vars(shown).values(), strict=True)
+            shown = Domain(*(_first_halves(*pair) for pair in pairs))
+        visible = visible.to(shown.image.device, non_blocking=True)[:, None]
+        return scene.view("masked", replace(shown, image=shown.image * visible))
 
 
 def _first_halves(source: Tensor, target: Tensor) -> Tensor:
     """The first half of the source's rows, then the first half of the target's, the middle one included.
 
-    Halves are those of the joint batch, so that rows of other processes may be needed.
+    Halves are those of the joint batch of all ranks.
     """
     source, target = collectives.all_gather_rows(source), collectives.all_gather_rows(target)
     return collectives.local_rows(torch.cat([source[: len(source) // 2], target[: (len(target) + 1) // 2]]))

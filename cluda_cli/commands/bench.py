@@ -4,15 +4,15 @@ It fetches nothing and writes nothing: encoders have random weights, which cost 
 """
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 
 import torch
 
 from cluda_cli import console
+from cluda_cli.data.batch import Batch, to_device
 from cluda_cli.data.index import Index, find
-from cluda_cli.data.streams import Batch
 from cluda_cli.data.transforms import read_image
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.step import training_step
@@ -20,10 +20,11 @@ from cluda_cli.errors import EnvironmentProblem
 from cluda_cli.inference.device import pick_device
 from cluda_cli.inference.sliding import Frame, limits, segment
 from cluda_cli.measure.costs import Loading, Memory, MemoryWatch, Spread, largest_step, loading_speed, step_times
-from cluda_cli.measure.spans import Parts, synchronise
+from cluda_cli.measure.spans import SpanClock, wait_for_device
 from cluda_cli.measure.synthetic import synthetic_images, synthetic_source
 from cluda_cli.measure.workload import batch_stream, busiest_step, generator, label_believably, measurable
 from cluda_cli.settings import Settings
+from cluda_cli.spans import span
 
 WARM_UP = 3  # untimed steps: the first ones allocate, tune kernels, compile
 IMAGES = 2  # evaluated images that are timed at least, after as many that are not
@@ -85,50 +86,52 @@ def bench(settings: Settings, *, steps: int = 10, prepared: bool = False, as_jso
     is not there or a batch that does not fit it.
     """
     device = pick_device(settings.training.device)
-    source, target = synthetic_source(), None
+    sources, target = [synthetic_source()], None
     if prepared:
-        source, target = (find(name, settings.data.root) for name in (settings.data.source, settings.data.target))
-    report = _measure(settings, source, target, device, steps)
+        *sources, target = (find(n, settings.data.root) for n in (*settings.data.source, settings.data.target))
+    report = _measure(settings, sources, target, device, steps)
     if as_json:
         console.result_json(asdict(report))
     else:
         _print(report)
 
 
-def _measure(settings: Settings, source: Index, target: Index | None, device: torch.device, steps: int) -> Report:
+def _measure(
+    settings: Settings, sources: Sequence[Index], target: Index | None, device: torch.device, steps: int
+) -> Report:
     first = busiest_step(settings)
     measured = measurable(settings, first + WARM_UP + 2 * steps)
-    stream = batch_stream(measured, source, target, first, device)
+    stream = batch_stream(measured, sources, target, first, device)
     watch = MemoryWatch(device)
-    run = Run(measured, source, device)
+    run = Run(measured, sources, device)
     run.step = first
     label_believably(run)
-    parts = Parts(device)
+    clock = SpanClock(device)
     with closing(stream), console.Progress("measuring", WARM_UP + 2 * steps) as progress:
         warm_up = _warm_up(run, stream, progress)
         began = time.process_time()
         times = step_times(run, stream, steps, progress.advance)
         step, cpu_share = Spread.of(times), (time.process_time() - began) / sum(times)
         memory = watch.read()
-        with parts.of(run):
-            for _ in range(steps):
-                with parts.step():
-                    with parts.part("data"):
-                        batch = next(stream).to(device)
-                    training_step(run, batch)
-                progress.advance()
+        for _ in range(steps):
+            with clock.time_step():
+                with span("data"):
+                    batch = to_device(next(stream), device)
+                training_step(run, batch)
+            progress.advance()
     largest = largest_step(run, batch) if device.type == "cuda" else None
-    loading = loading_speed(measured, source, target, first) if target else None
+    loading = loading_speed(measured, sources, target, first) if target else None
     validation, training = _validation(settings, run, target), settings.training
     images = None if validation.images is None else validation.images * validation.validations
     return Report(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         torch=str(torch.__version__), threads=torch.get_num_threads(), encoder=settings.model.encoder,
         crop=settings.data.crop, batch_size=settings.data.batch_size,
-        data=f"{source.name} -> {target.name}" if target else "synthetic", classes=len(source.classes),
+        data=f"{' + '.join(s.name for s in sources)} -> {target.name}" if target else "synthetic",
+        classes=len(run.classes),
         first_step=first, warm_up=warm_up, step=step, cpu_share=cpu_share,
-        step_by_parts=Spread.of([sum(s.values()) for s in parts.steps]),
-        parts={name: Spread.of([s.get(name, 0.0) for s in parts.steps]) for name in parts.names()},
+        step_by_parts=Spread.of([sum(s.values()) for s in clock.steps]),
+        parts={name: Spread.of([s.get(name, 0.0) for s in clock.steps]) for name in clock.names()},
         images_per_second=2 * settings.data.batch_size / step.median, memory=memory, largest_batch=largest,
         loading=loading, validation=validation, steps=training.steps,
         training_hours=training.steps * max(step.median, loading.seconds_per_step() if loading else 0.0) / 3600,
@@ -142,11 +145,11 @@ def _warm_up(run: Run, stream: Generator[Batch, None, None], progress: console.P
         return step_times(run, stream, WARM_UP, progress.advance)
     except torch.OutOfMemoryError:
         pass  # looked into only below, where the exception and all that its frames hold are gone
-    batch = next(stream).to(run.device)
+    batch = to_device(next(stream), run.device)
     images = largest_step(run, batch)
     remedy = f"{images} of each do: --set data.batch_size={images}" if images else "not even one of each does"
     raise EnvironmentProblem(
-        f"{len(batch.source_image)} source and target images do not fit {run.device}",
+        f"{len(batch['source'].image)} source and target images do not fit {run.device}",
         "data.batch_size",
         f"{remedy}; docs/training.md says what else lowers memory",
     )
@@ -163,11 +166,11 @@ def _validation(settings: Settings, run: Run, target: Index | None) -> Validatio
     frame = Frame.of(image, data.target_box, run.device)
     images = max(IMAGES, limits(run.device).forward // frame.pixels[0].numel())  # at least what shares a forward
     for _ in range(2):  # the first time is warm-up
-        synchronise(run.device)
+        wait_for_device(run.device)
         began = time.perf_counter()
         for _ in segment(run.evaluated, [(frame, None)] * images, settings.inference):
             pass
-        synchronise(run.device)
+        wait_for_device(run.device)
     seconds, count = (time.perf_counter() - began) / images, -(-training.steps // training.validate_every)
     return Validation(seconds, (image.shape[1], image.shape[2]), count, len(items) if target else None)
 

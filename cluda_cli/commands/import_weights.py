@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cluda_cli import console
-from cluda_cli.data.index import find, seen_classes
+from cluda_cli.data.index import find, joint_classes, seen_classes
 from cluda_cli.data.labels import PROTOCOLS, ClassTable
 from cluda_cli.errors import DataError, SettingsError
 from cluda_cli.files import sha256
@@ -59,7 +59,7 @@ def import_weights(
     classes, seen = _classes(settings.data)
     count = class_count(published)
     if count is not None and count != len(classes):
-        what = f"the network tells {count} classes apart, {settings.data.source} has {len(classes)}"
+        what = f"the network tells {count} classes apart, {', '.join(settings.data.source)} has {len(classes)}"
         raise DataError(what, path, "set data.source to a prepared dataset with its classes, in its order")
     model = build_segmenter(settings.model, settings.data.crop, len(classes))
     _load(model, published, settings.model, path)
@@ -94,12 +94,13 @@ def _free(path: Path, out: Path | None, overwrite: bool) -> Path:
 
 
 def _classes(data: Data) -> tuple[ClassTable, tuple[str, ...]]:
-    """The classes of the source, and the names of those that its labels hold; published datasets need not be here."""
+    """The classes of the sources, and the names of those that their labels hold; a published one need not be here."""
     known = {dataset.name: ClassTable(dataset.classes) for dataset in PUBLISHED}
-    if data.source in known:
-        return known[data.source], PROTOCOLS["16"] if data.source == "synthia" else known[data.source].names
-    index = find(data.source, data.root)
-    return index.classes, seen_classes(index)
+    source = data.source[0]
+    if len(data.source) == 1 and source in known:
+        return known[source], PROTOCOLS["16"] if source == "synthia" else known[source].names
+    sources = [find(name, data.root) for name in data.source]
+    return joint_classes(sources), seen_classes(sources)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, redirect_stdout
 from pathlib import Path
 from types import FrameType
@@ -16,15 +16,16 @@ import torch
 from cluda_cli import console
 from cluda_cli.commands.evaluate import announce_classes, score
 from cluda_cli.data import index as prepared
-from cluda_cli.data.index import Index
-from cluda_cli.data.streams import Batch, batches
+from cluda_cli.data.batch import Batch, to_device
+from cluda_cli.data.index import Index, joint_classes
+from cluda_cli.data.streams import batches
 from cluda_cli.distributed import collectives
 from cluda_cli.engine.folder import RunFolder
 from cluda_cli.engine.pictures import write_pictures
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.sharding import unsharded
 from cluda_cli.engine.step import training_step
-from cluda_cli.errors import CludaError, Interrupted
+from cluda_cli.errors import CludaError, Interrupted, RunError
 from cluda_cli.inference.device import pick_device
 from cluda_cli.models.multires import MultiResolution
 from cluda_cli.settings import Decoder, Masking, Settings
@@ -39,7 +40,8 @@ def train(settings: Settings, folder: Path, *, resume: bool = False, overwrite: 
     Started by torchrun, this is one of the processes that train the run together.
 
     Raises SettingsError for a folder that exists, RunError for a non-finite loss, Interrupted after Ctrl-C or SIGTERM,
-    DataError for a file that turns out bad. Once the run has begun, its state is saved before any of them.
+    DataError for a file that turns out bad. Once the run has begun, its state is saved before any of them but RunError,
+    which leaves the last save.
     """
     with collectives.process_group():
         _train(settings, folder, resume, overwrite)
@@ -52,15 +54,15 @@ def _train(settings: Settings, folder: Path, resume: bool, overwrite: bool) -> N
         if not collectives.rank():
             _make_demo(settings)
     with collectives.fail_together():
-        run, source, target, stream = _build(settings, files, resume, overwrite)
+        run, sources, target, stream = _build(settings, files, resume, overwrite)
     steps = settings.training.steps
     with _StopRequest() as stop:
         if not resume:  # only now, when all that can be wrong with settings and data has been found
-            files.begin(run, source, target)
+            files.begin(run, sources, target)
         if run.step == steps and (run.validated == steps or not target.labelled("val")):
             console.info(f"already finished ({steps} of {steps} steps); --steps makes the run longer")
             return
-        _announce(run, folder, source, target)
+        _announce(run, folder, sources, target)
         began = time.monotonic()
         try:
             _loop(run, files, target, stream, stop)
@@ -69,6 +71,8 @@ def _train(settings: Settings, folder: Path, resume: bool, overwrite: bool) -> N
         except _StopAsked:
             files.save(run)
             raise Interrupted(f"stopped after step {run.step}, state saved", "", _resume_hint(folder)) from None
+        except RunError:  # a step broke: running statistics may have, too
+            raise
         except CludaError:
             files.save(run)
             raise
@@ -78,23 +82,24 @@ def _train(settings: Settings, folder: Path, resume: bool, overwrite: bool) -> N
 
 def _build(
     settings: Settings, files: RunFolder, resume: bool, overwrite: bool
-) -> tuple[Run, Index, Index, Generator[Batch, None, None]]:
-    """The run at its step, both datasets, and the batches from there on; writes nothing but to resume."""
+) -> tuple[Run, list[Index], Index, Generator[Batch, None, None]]:
+    """The run at its step, its datasets, and the batches from there on; writes nothing but to resume."""
     data, training = settings.data, settings.training
     positions = collectives.local_positions(data.batch_size)
     device = pick_device(collectives.local_device(training.device))
-    source, target = (prepared.find(name, data.root) for name in (data.source, data.target))
+    *sources, target = (prepared.find(name, data.root) for name in (*data.source, data.target))
     if not resume:
         files.refuse_taken(overwrite)
     if target.labelled("val"):
-        announce_classes(target.classes, source.classes)
-    run = Run(settings, source, device)
+        announce_classes(target.classes, joint_classes(sources))
+    run = Run(settings, sources, device, resumed=resume)
     if resume:
-        files.resume(run, source, target)
-    pin_memory = device.type == "cuda"
-    return run, source, target, batches(
-        source, target, data, training.seed, run.step, training.steps, pin_memory, positions
+        files.resume(run, sources, target)
+    stream = batches(
+        sources, target, data, training.seed, run.step, training.steps,
+        pin_memory=device.type == "cuda", positions=positions, source_law=run.source_law,
     )  # fmt: skip
+    return run, sources, target, stream
 
 
 def _loop(
@@ -116,7 +121,7 @@ def _loop(
             if run.step == steps:
                 return
             with collectives.fail_together():
-                batch = next(stream).to(run.device)
+                batch = to_device(next(stream), run.device)
             result = training_step(run, batch)
             note = ""
             if _due(run.step, training.log_every, steps) or run.step == 1:
@@ -161,7 +166,7 @@ def _log(run: Run, files: RunFolder, terms: dict[str, torch.Tensor]) -> str:
 def _make_demo(settings: Settings) -> None:
     """Prepare the demo on the spot where it is wanted and missing, because nothing has to be fetched for it."""
     data = settings.data
-    wanted = {data.source, data.target} & {"demo-render", "demo-camera"}
+    wanted = {*data.source, data.target} & {"demo-render", "demo-camera"}
     if any(not (data.root / "prepared" / name / "index.json").is_file() for name in wanted):
         from cluda_cli.commands.prepare import prepare
 
@@ -169,15 +174,18 @@ def _make_demo(settings: Settings) -> None:
             prepare("demo", data.root)
 
 
-def _announce(run: Run, folder: Path, source: Index, target: Index) -> None:
+def _announce(run: Run, folder: Path, sources: Sequence[Index], target: Index) -> None:
     """Say once what was derived, and warn of settings that have no effect."""
     settings, training = run.settings, run.settings.training
     parameters = sum(p.numel() for p in run.student.parameters()) / 1e6
+    names = " + ".join(source.name for source in sources)
     devices = f"{collectives.world_size()} x {run.device.type}" if collectives.world_size() > 1 else str(run.device)
-    console.info(
-        f"{source.name} -> {target.name}, {settings.model.encoder}, {parameters:.1f} M parameters, on {devices}"
-    )
+    console.info(f"{names} -> {target.name}, {settings.model.encoder}, {parameters:.1f} M parameters, on {devices}")
     console.info(run.weights.summary() if run.weights else "encoder starts from random weights")
+    if run.start:
+        console.info(run.start)
+    if settings.model.freeze:
+        console.info(f"does not learn: {', '.join(settings.model.freeze)}")
     if isinstance(run.student, MultiResolution):
         high, wide = run.student.detail_crop
         console.info(f"context at 1/{run.student.downscale} of the resolution, detail crops of {high} x {wide}")

@@ -135,9 +135,23 @@ def find(name: str, data_root: Path) -> Index:
     raise DataError(f'dataset "{name}" is not prepared', data_root / "prepared", remedy)
 
 
-def seen_classes(index: Index, split: str = "train") -> tuple[str, ...]:
-    """Names of the classes that occur in the labels of a split."""
-    return tuple(name for name, count in zip(index.classes.names, index.class_pixels(split), strict=True) if count)
+def joint_classes(sources: Sequence[Index]) -> ClassTable:
+    """The classes of all sources, matched by name, those of the first source first."""
+    classes = sources[0].classes
+    for source in sources[1:]:
+        classes = classes.union(source.classes)
+    return classes
+
+
+def seen_classes(sources: Sequence[Index], split: str = "train") -> tuple[str, ...]:
+    """Names of the joint classes that occur in the labels of a split of any source."""
+    found = {
+        name
+        for source in sources
+        for name, count in zip(source.classes.names, source.class_pixels(split), strict=True)
+        if count
+    }
+    return tuple(name for name in joint_classes(sources).names if name in found)
 
 
 def _splits_json(splits: dict[str, tuple[Item, ...]]) -> dict[str, list[list[Any]]]:

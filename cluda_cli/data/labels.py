@@ -119,6 +119,11 @@ class ClassTable:
             table[i] = position.get(name, IGNORE)
         return table
 
+    def union(self, other: "ClassTable") -> "ClassTable":
+        """The classes of this table, then those of the other one that it lacks, by name."""
+        new = tuple(c for c in other.classes if c.name not in self.names)
+        return ClassTable(self.classes + new) if new else self
+
     def to_json(self) -> list[dict[str, Any]]:
         return [
             {"name": c.name, "color": list(c.color), "label_id": c.label_id, "thing": c.thing} for c in self.classes

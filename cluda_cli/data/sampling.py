@@ -73,10 +73,19 @@ class RareClasses:
                 f"{', '.join(scarce)}; all images that hold any are drawn for them"
             )
 
-    def draw(self, rng: Generator) -> tuple[int, int]:
-        """Train id of a class, and the position of an image for it."""
-        train_id = int(rng.choice(len(self.probabilities), p=self.probabilities))
+    def draw(self, rng: Generator, law: Sequence[float] | None = None) -> tuple[int, int]:
+        """Train id of a class, and the position of an image for it.
+
+        `law` takes the place of the probabilities of the settings, as far as there are images of its classes.
+        """
+        probabilities = self.probabilities if law is None else self._possible(law)
+        train_id = int(rng.choice(len(probabilities), p=probabilities))
         return train_id, int(rng.choice(self.images[train_id]))
+
+    def _possible(self, law: Sequence[float]) -> NDArray[np.float64]:
+        """A law without the classes that no image has; the settings' own where nothing is left."""
+        possible = np.where([len(images) > 0 for images in self.images], law, 0.0)
+        return possible / possible.sum() if possible.sum() > 0 else self.probabilities
 
 
 def random_crop(rng: Generator, image: tuple[int, int], size: tuple[int, int]) -> Crop:

@@ -13,6 +13,7 @@ import math
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,34 +51,35 @@ class RunFolder:
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise SettingsError("exists and is not a run", self.path, "name another folder with --run")
 
-    def begin(self, run: Run, source: Index, target: Index) -> None:
+    def begin(self, run: Run, sources: Sequence[Index], target: Index) -> None:
         """Make the folder that of a new run, with a state from which a run killed early resumes too."""
         state = run.state_dict()
         if collectives.rank():
             return
         for leftover in [self.metrics, self.best, self.last, self.state, *self.pictures.glob("*.png")]:
             leftover.unlink(missing_ok=True)
-        write_json(self.manifest, _manifest(run, source, target))
+        write_json(self.manifest, _manifest(run, sources, target))
         self._settle(run)
         save_state(self.state, state)
 
-    def resume(self, run: Run, source: Index, target: Index) -> None:
+    def resume(self, run: Run, sources: Sequence[Index], target: Index) -> None:
         """Bring a run to its last saved state and the folder's files to its step.
 
         Raises DataError if the data are not those it began with, SettingsError if it is beyond its last step.
         """
         try:
             began = json.loads(self.manifest.read_text(encoding="utf-8"))
-            used = {domain: (began[domain]["name"], began[domain]["fingerprint"]) for domain in ("source", "target")}
+            used = [(data["name"], data["fingerprint"]) for data in (*began["sources"], began["target"])]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"cannot be read ({error})", self.manifest, "start the run again with --overwrite"
             ) from error
-        for domain, index in (("source", source), ("target", target)):
-            name, fingerprint = used[domain]
+        if [index.name for index in (*sources, target)] != [name for name, _ in used]:
+            what = f"the run began with other datasets: {', '.join(name for name, _ in used)}"
+            raise DataError(what, self.manifest, "start a new run with --run")
+        for index, (name, fingerprint) in zip((*sources, target), used, strict=True):
             if index.fingerprint != fingerprint:
-                changed = f"the {domain} dataset changed since the run began"
-                what = changed if index.name == name else f"the run began with another {domain}, {name}"
+                what = f"the dataset {name} changed since the run began"
                 raise DataError(what, index.folder, "start a new run with --run")
         run.load_state_dict(load_state(self.state))
         steps = run.settings.training.steps
@@ -138,7 +140,7 @@ def _belongs(line: str, run: Run) -> bool:
         return False
 
 
-def _manifest(run: Run, source: Index, target: Index) -> dict[str, Any]:
+def _manifest(run: Run, sources: Sequence[Index], target: Index) -> dict[str, Any]:
     """What one needs to know to repeat the run."""
     gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None
     versions = {"cluda": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
@@ -153,11 +155,16 @@ def _manifest(run: Run, source: Index, target: Index) -> dict[str, Any]:
         "gpu": gpu,
         "platform": platform.platform(),
         "weights": weights,
-        "source": {"name": source.name, "fingerprint": source.fingerprint},
-        "target": {"name": target.name, "fingerprint": target.fingerprint},
+        "start": run.start,
+        "sources": [_identify(source) for source in sources],
+        "target": _identify(target),
         "classes": list(run.classes.names),
         "unseen": [name for name in run.classes.names if name not in run.seen],
     }
+
+
+def _identify(index: Index) -> dict[str, str]:
+    return {"name": index.name, "fingerprint": index.fingerprint}
 
 
 def _commit() -> str | None:

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from cluda_cli.adaptation.views import View
-from cluda_cli.data.streams import Batch
+from cluda_cli.data.batch import Batch
 from cluda_cli.data.transforms import denormalise, normalise
 from cluda_cli.distributed import collectives
 from cluda_cli.engine.run import Run
@@ -30,12 +30,13 @@ def write_pictures(path: Path, run: Run, batch: Batch, views: Sequence[View]) ->
     rows = []
     by_name = {view.name: view for view in views}
     source, mixed, masked = (by_name.get(name) for name in ("source", "mixed", "masked"))
-    prediction = _predict(run, batch)
+    images, label = batch["source"].image, batch["source"].label
+    prediction = _predict(run, batch["target"].image)
     if collectives.rank():
         return
-    for i in range(len(batch.source_image)):
-        shown = batch.source_image[i] if source is None else _shown(source, i)
-        tiles = [shown, _paint(batch.source_label[i], colors), batch.target_image[i]]
+    for i in range(len(images)):
+        shown = images[i] if source is None else _shown(source, i)
+        tiles = [shown, _paint(label[i], colors), batch["target"].image[i]]
         if mixed is not None:
             if mixed.pseudo_label is not None:
                 tiles.append(_paint(mixed.pseudo_label[i], colors))
@@ -50,13 +51,13 @@ def write_pictures(path: Path, run: Run, batch: Batch, views: Sequence[View]) ->
 
 
 @torch.no_grad()
-def _predict(run: Run, batch: Batch) -> Tensor:
-    """Student's train ids on the target images.  # B H W"""
+def _predict(run: Run, image: Tensor) -> Tensor:
+    """Student's train ids on target images B 3 H W.  # B H W"""
     training = run.student.training
     run.student.eval()
-    logits = run.student(normalise(batch.target_image)).logits
+    logits = run.student(normalise(image)).logits
     run.student.train(training)
-    return F.interpolate(logits, batch.target_image.shape[-2:], mode="bilinear", align_corners=False).argmax(1)
+    return F.interpolate(logits, image.shape[-2:], mode="bilinear", align_corners=False).argmax(1)
 
 
 def _shown(view: View, i: int) -> Tensor:

@@ -1,24 +1,24 @@
 """All state of a run in one object: what changes during training is here, and what is here is saved."""
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from cluda_cli.adaptation.teacher import Teacher
-from cluda_cli.data.index import Index, seen_classes
+from cluda_cli.data.index import Index, joint_classes, seen_classes
 from cluda_cli.distributed import collectives
 from cluda_cli.engine.optim import build_optimizer
 from cluda_cli.engine.sharding import gather_state, scatter_optimizer_state, scatter_state, shard
-from cluda_cli.engine.verdict import Verdict
-from cluda_cli.errors import RunError, SettingsError, first_line
+from cluda_cli.engine.start import start_from
+from cluda_cli.errors import SettingsError, first_line
 from cluda_cli.models.boxes import Boxes
 from cluda_cli.models.encoders import LoadReport, load_pretrained
 from cluda_cli.models.joint_norm import synchronise
 from cluda_cli.models.multires import build_segmenter
 from cluda_cli.models.segmenter import Output, Segmenter
-from cluda_cli.objectives import build_objectives
+from cluda_cli.objectives import build_makers, build_objectives
 from cluda_cli.seeds import derive_seed
 from cluda_cli.settings import Settings
 
@@ -27,20 +27,31 @@ class Run:
     """Student, teacher, objectives, optimizer and counters.
 
     `step` is the number of finished optimizer steps, `validated` the step of the last validation, `best` the best
-    validation score with its step. The class table and the seen classes follow from the source and are not state.
+    validation score with its step. The class table, the seen classes and the makers of views follow from sources and
+    settings, and are not state. A run that is `resumed` gets its weights from its state, so `model.start` is not read.
+
+    Raises SettingsError for settings that do not fit each other or the sources, DataError for weights that cannot be
+    read, EnvironmentProblem for weights that are out of reach.
     """
 
-    def __init__(self, settings: Settings, source: Index, device: torch.device) -> None:
+    def __init__(
+        self, settings: Settings, sources: Sequence[Index], device: torch.device, *, resumed: bool = False
+    ) -> None:
         self.settings, self.device = settings, device
-        self.classes, self.seen = source.classes, seen_classes(source)
+        self.classes, self.seen = joint_classes(sources), seen_classes(sources)
+        self.start: str | None = None
+        """What `model.start` did, for the user."""
         with torch.random.fork_rng(devices=[]):  # layers initialise themselves from the global generator
             torch.manual_seed(derive_seed(settings.training.seed, "initialise"))
-            self.student = build_segmenter(settings.model, settings.data.crop, len(source.classes))
+            self.student = build_segmenter(settings.model, settings.data.crop, len(self.classes))
             self.weights: LoadReport | None = load_pretrained(self.student.encoder, settings.model)
             if device.type == "cuda" and settings.training.precision == "bfloat16" and not settings.training.shard:
                 # Tensor cores read channels last; the teacher and the frozen copy inherit it. FSDP2 refuses it.
                 self.student.encoder.to(memory_format=torch.channels_last)
-            self.objectives = build_objectives(settings.objectives, self.student, source.classes)
+            self.objectives = build_objectives(settings.objectives, self.student, self.classes)
+        self.makers = build_makers(settings, self.objectives)
+        if settings.model.start and not resumed:
+            self.start = start_from(Path(settings.model.start), self.student, self.classes)
         self.student.to(device)
         self._try_crop()
         self.objectives.to(device)
@@ -54,10 +65,8 @@ class Run:
         sharded = settings.training.shard and collectives.world_size() > 1
         if sharded:
             shard((self.student, self.teacher.network), self.objectives, device)
-        self.looks_later = device.type == "cuda" and not sharded
-        """Whether the host looks at the losses of a step only while the device is busy with the next one."""
-        self.optimizer = build_optimizer(self.student, self.objectives, settings.optimizer, fused=self.looks_later)
-        self.pending: Verdict | None = None
+        fused = device.type == "cuda" and not sharded
+        self.optimizer = build_optimizer(self.student, self.objectives, settings.optimizer, fused=fused)
         self.step = 0
         self.validated = 0
         self.best: dict[str, float] | None = None
@@ -86,17 +95,13 @@ class Run:
         """The network that is validated and deployed."""
         return self.student if self.settings.evaluation.network == "student" else self.teacher.network
 
-    def settle(self) -> None:
-        """Look at the last step if nobody has; raises RunError, the step not counted, if it was not finite."""
-        verdict, self.pending = self.pending, None
-        if verdict and (error := verdict.error()):
-            self.step -= 1
-            raise error
+    def source_law(self, step: int) -> tuple[float, ...] | None:
+        """Probabilities with which source classes are drawn for the batch of `step`; None: those of the settings."""
+        laws = (objective.source_law(step) for objective in self.objectives.values())
+        return next((law for law in laws if law is not None), None)
 
     def state_dict(self) -> dict[str, Any]:
-        """What is worth saving. A last step that turns out to be broken, which had no effect, is not counted."""
-        with suppress(RunError):
-            self.settle()
+        """All that is needed to go on."""
         return {
             "student": gather_state(self.student.state_dict()),
             "teacher": gather_state(self.teacher.state_dict()),
@@ -126,7 +131,3 @@ class Run:
         own = [{key: group[key] for key in keys} for group in self.optimizer.param_groups]
         groups = [group | values for group, values in zip(state["param_groups"], own, strict=True)]
         self.optimizer.load_state_dict(scatter_optimizer_state(state | {"param_groups": groups}, self.optimizer))
-
-    def buffers(self) -> list[torch.Tensor]:
-        """Every buffer that a forward may change."""
-        return [b for module in (self.student, self.teacher, self.objectives) for b in module.buffers()]

@@ -5,19 +5,20 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any, Self
 
 import torch
 
+from cluda_cli.data.batch import Batch, to_device
 from cluda_cli.data.index import Index
-from cluda_cli.data.streams import Batch, Steps
+from cluda_cli.data.streams import Steps, draws
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.step import training_step
 from cluda_cli.errors import CludaError
-from cluda_cli.measure.spans import synchronise
+from cluda_cli.measure.spans import wait_for_device
 from cluda_cli.settings import Settings
 
 MOST_IMAGES = 256
@@ -47,10 +48,10 @@ def step_times(run: Run, stream: Iterator[Batch], count: int, advance: Callable[
     """
     marks = [_mark(run.device)]
     for _ in range(count):
-        training_step(run, next(stream).to(run.device))
+        training_step(run, to_device(next(stream), run.device))
         marks.append(_mark(run.device))
         advance()
-    synchronise(run.device)
+    wait_for_device(run.device)
     if run.device.type == "cuda":
         return [begin.elapsed_time(end) / 1000 for begin, end in pairwise(marks)]
     return [end - begin for begin, end in pairwise(marks)]
@@ -62,7 +63,7 @@ def _mark(device: torch.device) -> Any:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(device))
         return event
-    synchronise(device)
+    wait_for_device(device)
     return time.perf_counter()
 
 
@@ -117,7 +118,7 @@ def largest_step(run: Run, batch: Batch) -> int:
     """
     usual, run.forward = run.forward, run.student
     try:
-        return largest_batch(partial(step_fits, run, batch), len(batch.source_image))
+        return largest_batch(partial(step_fits, run, batch), len(batch["source"].image))
     finally:
         run.forward = usual
 
@@ -141,10 +142,10 @@ def step_fits(run: Run, batch: Batch, images: int) -> bool:
     """Whether a step with so many images per domain, made of those of `batch`, fits into the device's memory."""
     fits = True
     try:
-        index = torch.arange(images) % len(batch.source_image)
-        larger = Batch(*(getattr(batch, field.name)[index.to(run.device)] for field in fields(batch)))
+        index = (torch.arange(images) % len(batch["source"].image)).to(run.device)
+        larger = {name: crops.select(index) for name, crops in batch.items()}
         training_step(run, larger)
-        synchronise(run.device)
+        wait_for_device(run.device)
     except torch.OutOfMemoryError:
         fits = False
     # Only here is the exception gone, and with it what its frames hold.
@@ -169,17 +170,18 @@ class Loading:
         return 1 / (self.processes * self.batches_per_second) if self.processes else 0.0
 
 
-def loading_speed(settings: Settings, source: Index, target: Index, first: int) -> Loading:
+def loading_speed(settings: Settings, sources: Sequence[Index], target: Index, first: int) -> Loading:
     """Make some batches as a loader process does: here, on one thread."""
-    made, threads = Steps(source, target, settings.data, settings.training.seed), torch.get_num_threads()
+    data, threads = settings.data, torch.get_num_threads()
+    steps = Steps(draws(sources, target, data), settings.training.seed, range(data.batch_size))
     torch.set_num_threads(1)
     try:
         for i in range(LOADED + 1):
             if i == 1:
                 began = time.perf_counter()
-            batch = made[first + i]
+            batch = steps[first + i, None]
             if isinstance(batch, CludaError):
                 raise batch
-        return Loading(settings.data.workers, LOADED / (time.perf_counter() - began))
+        return Loading(data.workers, LOADED / (time.perf_counter() - began))
     finally:
         torch.set_num_threads(threads)

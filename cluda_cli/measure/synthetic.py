@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluda_cli import settings
+from cluda_cli.data.batch import Batch, Crops
 from cluda_cli.data.index import Index, Item
 from cluda_cli.data.labels import CITYSCAPES, ClassTable
-from cluda_cli.data.streams import Batch
 
 BLOCKS = 16  # of one class each, per side of a label map
 UNEVENNESS = 1.5
@@ -29,14 +29,8 @@ def synthetic_batch(data: settings.Data, num_classes: int, generator: torch.Gene
     shape = (data.batch_size, *data.crop)
     everywhere = torch.ones(shape, dtype=torch.bool)
     source, target = (synthetic_images(data.batch_size, data.crop, generator) for _ in range(2))
-    return Batch(
-        source_image=source,
-        source_label=synthetic_labels(data.batch_size, data.crop, num_classes, generator),
-        source_inside=everywhere,
-        target_image=target,
-        target_inside=everywhere,
-        target_valid=everywhere,
-    )
+    label = synthetic_labels(data.batch_size, data.crop, num_classes, generator)
+    return {"source": Crops(source, everywhere, label=label), "target": Crops(target, everywhere, valid=everywhere)}
 
 
 def synthetic_images(count: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:

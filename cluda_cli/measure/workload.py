@@ -1,13 +1,15 @@
 """A run to be measured: the cost of the settings' own, without weights to fetch, data to have, or learning."""
 
 import itertools
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor
 
-from cluda_cli.data.index import Index
-from cluda_cli.data.streams import Batch, batches
+from cluda_cli.adaptation.teacher import PseudoLabels
+from cluda_cli.data.batch import Batch
+from cluda_cli.data.index import Index, joint_classes
+from cluda_cli.data.streams import batches
 from cluda_cli.engine.run import Run
 from cluda_cli.measure.synthetic import synthetic_batch, synthetic_labels
 from cluda_cli.seeds import derive_seed
@@ -29,22 +31,24 @@ def measurable(settings: Settings, steps: int) -> Settings:
     A random network may diverge at a rate that suits a pretrained one. They are not validated again, because a feature
     distance to random weights, which costs the same, is refused there for good reason.
     """
-    model = settings.model.model_copy(update={"weights": False})
+    model = settings.model.model_copy(update={"weights": False, "start": None})
     optimizer = settings.optimizer.model_copy(update={"lr": 1e-12})
     training = settings.training.model_copy(update={"steps": max(steps, settings.training.steps)})
     return settings.model_copy(update={"model": model, "optimizer": optimizer, "training": training})
 
 
 def batch_stream(
-    settings: Settings, source: Index, target: Index | None, first: int, device: torch.device
+    settings: Settings, sources: Sequence[Index], target: Index | None, first: int, device: torch.device
 ) -> Generator[Batch, None, None]:
     """Batches of the datasets, or one synthetic batch again and again."""
     pin_memory = device.type == "cuda"
     if target:
         data, training = settings.data, settings.training
-        return batches(source, target, data, training.seed, first, training.steps, pin_memory)
-    batch = synthetic_batch(settings.data, len(source.classes), generator(settings, "bench batch"))
-    return (each for each in itertools.repeat(batch.pin_memory() if pin_memory else batch))
+        return batches(sources, target, data, training.seed, first, training.steps, pin_memory=pin_memory)
+    batch = synthetic_batch(settings.data, len(joint_classes(sources)), generator(settings, "bench batch"))
+    if pin_memory:
+        batch = {name: crops.pin_memory() for name, crops in batch.items()}
+    return (each for each in itertools.repeat(batch))
 
 
 def label_believably(run: Run) -> None:
@@ -57,9 +61,10 @@ def label_believably(run: Run) -> None:
     drawn = generator(run.settings, "bench pseudo-labels")
     labels = synthetic_labels(data.batch_size, data.crop, len(run.classes), drawn).long().to(run.device)  # B H W
 
-    def pseudo_labels(image: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        honest(image, valid)
-        return labels[torch.arange(len(image), device=run.device) % len(labels)], SURE * valid.float()
+    def pseudo_labels(image: Tensor, valid: Tensor) -> PseudoLabels:
+        weight = SURE * valid.float()
+        label = labels[torch.arange(len(image), device=run.device) % len(labels)]
+        return PseudoLabels(label, weight, honest(image, valid).probability)
 
     run.teacher.pseudo_labels = pseudo_labels
 

@@ -46,7 +46,16 @@ class DAFormerDecoder(nn.Module):
             # Dilated depthwise kernels are several times slower on channels-last maps, so the layout changes here.
             # No name holds the embedded maps meanwhile: without gradients they are gone by then.
             fused = self.fuse_layer(torch.cat(_to_finest(self._embed(maps)), dim=1).contiguous())  # B D h w
-        return self.conv_seg(self.dropout(fused)), fused
+        return self.classify(fused), fused
+
+    def classify(self, fused: Tensor) -> Tensor:
+        """The logits of fused features B D h w.  # B K h w"""
+        logits: Tensor = self.conv_seg(self.dropout(fused))
+        return logits
+
+    def classifiers(self) -> list[nn.Conv2d]:
+        """The layers whose output channels are classes."""
+        return [self.conv_seg]
 
     def _embed(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Each map with the same number of channels, at its own size."""
@@ -89,10 +98,18 @@ class DeepLabV2Decoder(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """(logits B K h w, last map B C h w)."""
-        logits = self.aspp_modules[0](maps[-1])
+        return self.classify(maps[-1]), maps[-1]
+
+    def classify(self, features: Tensor) -> Tensor:
+        """The logits of the last encoder map B C h w.  # B K h w"""
+        logits: Tensor = self.aspp_modules[0](features)
         for branch in self.aspp_modules[1:]:
-            logits = logits + branch(maps[-1])
-        return logits, maps[-1]
+            logits = logits + branch(features)
+        return logits
+
+    def classifiers(self) -> list[nn.Conv2d]:
+        """The layers whose output channels are classes."""
+        return [branch.conv for branch in self.aspp_modules]
 
 
 class Embedding(nn.Module):

@@ -49,6 +49,10 @@ class MultiResolution(Segmenter):
     def smallest(self) -> int:
         return super().smallest * self.downscale
 
+    def decoders(self) -> list[DAFormerDecoder | DeepLabV2Decoder]:
+        # While the base class is built there is no second head yet.
+        return [self.decoder, self.scale_attention] if hasattr(self, "scale_attention") else [self.decoder]
+
     def draw_boxes(self, count: int, image: Size, generator: torch.Generator) -> Boxes:
         """Where to look closely: one place for all images, on the grid of the context."""
         return random_boxes(count, image, self.detail_crop, self.cell, generator)
@@ -114,9 +118,11 @@ class MultiResolution(Segmenter):
 
 def build_segmenter(model: settings.Model, crop: Size, num_classes: int) -> Segmenter:
     """The network of the settings, of one or two resolutions; `crop` is the training crop."""
-    return (
+    network = (
         MultiResolution(model, model.multires, crop, num_classes) if model.multires else Segmenter(model, num_classes)
     )
+    network.freeze_parts()
+    return network
 
 
 def _single(tensor: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 B batch, K classes, D fused channels, H W pixels, h w cells of the decoder's grid, a b cells of a detail crop.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -35,13 +35,21 @@ class Output:
     image: Tensor  # B 3 H W, what the encoder saw
     detail: Detail | None = None  # in training, with two resolutions
 
+    def detach(self) -> Self:
+        """The same numbers without a graph."""
+        maps = tuple(features.detach() for features in self.encoder)
+        detail = self.detail and replace(
+            self.detail, logits=self.detail.logits.detach(), features=self.detail.features.detach()
+        )
+        return replace(self, logits=self.logits.detach(), features=self.features.detach(), encoder=maps, detail=detail)
+
 
 class Segmenter(nn.Module):
     """Encoder and decoder, with random weights from torch's global generator.
 
     Images whose sides are multiples of `pad_multiple` fit every encoder; most convolutional ones take any size. With
     `freeze_batch_norm` the encoder's batch norms keep their statistics in training mode too, and their affine
-    parameters do not learn.
+    parameters do not learn. `freeze_parts` does the same for all of a part that `model.freeze` names.
     """
 
     def __init__(self, model: settings.Model, num_classes: int) -> None:
@@ -53,9 +61,9 @@ class Segmenter(nn.Module):
             else DAFormerDecoder(model.decoder, self.encoder.channels, num_classes)
         )
         self.stride: int = self.encoder.strides[-1 if model.deeplab else 0]  # pixels per cell of the logits
-        self.freeze_batch_norm = model.freeze_batch_norm
+        self.freeze_batch_norm, self.frozen = model.freeze_batch_norm, frozenset(model.freeze)
         if self.freeze_batch_norm:
-            for norm in self._encoder_norms():
+            for norm in _batch_norms(self.encoder):
                 norm.requires_grad_(False)
         self.train()
 
@@ -79,12 +87,33 @@ class Segmenter(nn.Module):
         logits, fused = self.decoder(maps)
         return Output(logits=logits, features=fused, encoder=maps, image=image)
 
+    def decoders(self) -> list[DAFormerDecoder | DeepLabV2Decoder]:
+        """All heads that the network has."""
+        return [self.decoder]
+
+    def classifiers(self) -> dict[str, nn.Module]:
+        """The layers whose output channels are classes, by their name in the network."""
+        layers = {id(layer) for decoder in self.decoders() for layer in decoder.classifiers()}
+        return {name: module for name, module in self.named_modules() if id(module) in layers}
+
+    def freeze_parts(self) -> None:
+        """Keep the parameters of the parts that `model.freeze` names from learning: encoder, decoder, head."""
+        head = {id(parameter) for layer in self.classifiers().values() for parameter in layer.parameters()}
+        for name, parameter in self.named_parameters():
+            part = "encoder" if name.startswith("encoder.") else "head" if id(parameter) in head else "decoder"
+            if part in self.frozen:
+                parameter.requires_grad_(False)
+
     def train(self, mode: bool = True) -> Self:
+        """Set the mode; what is frozen stays in evaluation mode."""
         super().train(mode)
-        if self.freeze_batch_norm:
-            for norm in self._encoder_norms():
-                norm.eval()
+        if "encoder" in self.frozen:
+            self.encoder.eval()
+        fixed = [self.encoder] if self.freeze_batch_norm else []
+        for norm in _batch_norms(*fixed, *(self.decoders() if "decoder" in self.frozen else [])):
+            norm.eval()
         return self
 
-    def _encoder_norms(self) -> list[_BatchNorm]:
-        return [module for module in self.encoder.modules() if isinstance(module, _BatchNorm)]
+
+def _batch_norms(*modules: nn.Module) -> list[_BatchNorm]:
+    return [inner for module in modules for inner in module.modules() if isinstance(inner, _BatchNorm)]

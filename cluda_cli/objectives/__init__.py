@@ -1,37 +1,59 @@
-"""Objectives: what is measured on a view. Each file holds one; `build_objectives` chooses.
-
-The contract. An objective is a module with `settings` (weight, start), `views` (names of the views it reads) and
-forward(output, view) -> unweighted scalar, computed in float32 whatever autocast says, connected to the student and
-never NaN. Where it does not apply to a view (no labelled pixel, no such class) it is exactly 0; logs show that as "-".
-Its state is buffers, its heads are submodules; frozen helper networks are neither. No tensor is quadratic in pixels.
-"""
+"""What is measured on views, one file per method. `build_objectives` chooses, `build_makers` says how views come."""
 
 from torch import nn
 
 from cluda_cli import settings
+from cluda_cli.adaptation.views import MakeMasked, MakeMixed, Maker, make_source, make_target
 from cluda_cli.data.labels import ClassTable
+from cluda_cli.errors import SettingsError
 from cluda_cli.models.multires import MultiResolution
 from cluda_cli.models.segmenter import Segmenter
 from cluda_cli.objectives.cross_entropy import CrossEntropy
 from cluda_cli.objectives.feature_distance import FeatureDistance
+from cluda_cli.objectives.objective import Objective
 from cluda_cli.objectives.pixel_contrast import PixelContrast
 
 
 def build_objectives(s: settings.Objectives, student: Segmenter, classes: ClassTable) -> nn.ModuleDict:
     """The objectives that the settings switch on, by the name of their section.
 
-    The encoder of `student` must hold its pretrained weights; `classes` are those of the source. Raises SettingsError
+    The encoder of `student` must hold its pretrained weights; `classes` are those of the sources. Raises SettingsError
     for classes that do not exist.
     """
-    chosen: dict[str, nn.Module] = {"source": CrossEntropy(s.source, views=frozenset({"source"}))}
+    chosen: dict[str, Objective] = {}
+    if s.source:
+        chosen["source"] = CrossEntropy(s.source, "source")
     if s.mixed:
-        chosen["mixed"] = CrossEntropy(s.mixed, views=frozenset({"mixed"}))
+        chosen["mixed"] = CrossEntropy(s.mixed, "mixed")
     if s.masked:
-        chosen["masked"] = CrossEntropy(s.masked, views=frozenset({"masked"}))
+        chosen["masked"] = CrossEntropy(s.masked, "masked")
     if s.feature_distance:
         chosen["feature_distance"] = FeatureDistance(s.feature_distance, student.encoder, classes)
     if s.pixel_contrast:
-        views = frozenset({"source", "mixed"}) if s.mixed else frozenset({"source"})
+        views = ("source", "mixed") if s.mixed else ("source",)
         channels = student.encoder.channels if isinstance(student, MultiResolution) else None
         chosen["pixel_contrast"] = PixelContrast(s.pixel_contrast, views, channels)
     return nn.ModuleDict(chosen)
+
+
+def build_makers(s: settings.Settings, objectives: nn.ModuleDict) -> dict[str, Maker]:
+    """How each view is made, by its name, in the order in which the student sees them.
+
+    Raises SettingsError if an objective reads a view that nobody makes, or if two make views of one name.
+    """
+    makers: dict[str, Maker] = {
+        "source": make_source,
+        "mixed": MakeMixed(s.mixing),
+        "masked": MakeMasked(s.masking, s.mixing),
+        "target": make_target,
+    }
+    for name, objective in objectives.items():
+        own = objective.makers()
+        if taken := makers.keys() & own.keys():
+            raise SettingsError(f"makes the view {', '.join(sorted(taken))}, which exists", f"objectives.{name}")
+        makers |= own
+    for name, objective in objectives.items():
+        if unknown := {view for group in objective.reads for view in group} - makers.keys():
+            what = f"reads the view {', '.join(sorted(unknown))}, which nobody makes"
+            raise SettingsError(what, f"objectives.{name}", f"views are {', '.join(makers)}")
+    return makers

@@ -2,25 +2,28 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cluda_cli import settings
-from cluda_cli.adaptation.views import View
+from cluda_cli.adaptation.views import Seen
 from cluda_cli.data.labels import IGNORE
-from cluda_cli.models.segmenter import Output
+from cluda_cli.objectives.objective import Objective
 
 
-class CrossEntropy(nn.Module):
+class CrossEntropy(Objective):
     """Supervision by the labels of a view, ground truth or pseudo-labels alike; the weights make the difference.
 
     With a detail crop, the crop has a share of its own in the term (HRDA, section 3).
     """
 
-    def __init__(self, section: settings.CrossEntropy, views: frozenset[str]) -> None:
-        super().__init__()
-        self.settings, self.views = section, views
+    settings: settings.CrossEntropy
 
-    def forward(self, output: Output, view: View) -> Tensor:
+    def __init__(self, section: settings.CrossEntropy, view: str) -> None:
+        super().__init__(section)
+        self.reads = ((view,),)
+
+    def forward(self, seen: Seen) -> Tensor:
+        output, view = seen
         with torch.autocast(output.logits.device.type, enabled=False):
             whole = weighted_cross_entropy(output.logits.float(), view.label, view.weight.float())
             if output.detail is None:

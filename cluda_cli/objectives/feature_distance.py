@@ -1,59 +1,54 @@
 """Distance to the pretrained encoder. B batch, C channels, K classes, H W pixels, h w cells of the last encoder map."""
 
-from collections.abc import Callable
 from copy import deepcopy
-from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cluda_cli import settings
-from cluda_cli.adaptation.views import View
+from cluda_cli.adaptation.views import Seen
 from cluda_cli.data.labels import IGNORE, ClassTable
 from cluda_cli.distributed import collectives
 from cluda_cli.errors import SettingsError, nearest
-from cluda_cli.models.segmenter import Output
+from cluda_cli.models.frozen import Frozen
+from cluda_cli.objectives.objective import Objective
 
 
-class FeatureDistance(nn.Module):
+class FeatureDistance(Objective):
     """Keep the features of countable things near those of the pretrained encoder (DAFormer, section 3.3).
 
-    Build it while `encoder` still holds its pretrained weights: it keeps a frozen copy, which moves between devices
-    with the objective but is no part of its state, parameters or mode. The copy runs in the precision of the
-    surrounding autocast, like the student; the distance is computed in float32.
+    Build it while `encoder` still holds its pretrained weights: it keeps a frozen copy. The copy runs in the precision
+    of the surrounding autocast, like the student; the distance is computed in float32.
 
     Raises SettingsError if the classes it shall act on do not exist, or if there are none.
     """
 
+    reads = (("source",),)
+    settings: settings.FeatureDistance
+
     def __init__(self, section: settings.FeatureDistance, encoder: nn.Module, classes: ClassTable) -> None:
-        super().__init__()
-        self.settings, self.views = section, frozenset({"source"})
+        super().__init__(section)
         self.num_classes = len(classes)
         acts_on = torch.zeros(256, dtype=torch.bool)
         acts_on[list(_train_ids(section, classes))] = True
         self.register_buffer("acts_on", acts_on, persistent=False)  # 256, by train id; follows from the settings
-        self._frozen = (deepcopy(encoder).requires_grad_(False).eval(),)  # a tuple hides it from torch's registration
+        self.pretrained = Frozen(deepcopy(encoder))
 
-    def forward(self, output: Output, view: View) -> Tensor:
-        with torch.no_grad():
-            pretrained = self._frozen[0](output.image)[-1]  # B C h w
+    def forward(self, seen: Seen) -> Tensor:
+        output, view = seen
+        pretrained = self.pretrained(output.image)[-1]  # B C h w
         cells = downscale_label(view.label, pretrained.shape[-2:], self.settings.min_share, self.num_classes)  # B h w
         with torch.autocast(output.image.device.type, enabled=False):
             return masked_distance(output.encoder[-1].float(), pretrained.float(), self.acts_on[cells])
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # What .to(), .cuda() and .float() call on every module; the hidden copy has to be told.
-        self._frozen[0]._apply(fn, recurse)
-        return super()._apply(fn, recurse)
 
 
 def masked_distance(features: Tensor, pretrained: Tensor, mask: Tensor) -> Tensor:
     """Mean over the cells of `mask`, in the whole batch, of the Euclidean distance across channels.
 
     `features` and `pretrained` B C h w, `mask` B h w boolean (DAFormer, section 3.3). A scalar, 0 for an empty mask;
-    where features agree exactly the gradient is 0. The cells are those of all processes, and the mean of the processes'
-    values is the distance.
+    where features agree exactly the gradient is 0. The cells are those of all ranks, and the mean of the ranks' values
+    is the distance.
     """
     distance = torch.linalg.vector_norm(features - pretrained, dim=1)  # B h w
     cells = collectives.all_reduce_sum(mask.sum()).clamp_min(1)

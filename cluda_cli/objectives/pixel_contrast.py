@@ -7,48 +7,74 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cluda_cli import settings
-from cluda_cli.adaptation.views import View
+from cluda_cli.adaptation.views import Seen
+from cluda_cli.data.labels import IGNORE
 from cluda_cli.distributed import collectives
 from cluda_cli.models.boxes import Boxes
 from cluda_cli.models.decoders import DAFormerDecoder
-from cluda_cli.models.segmenter import Output
-from cluda_cli.objectives.contrast.kernel import contrast, multires_contrast
+from cluda_cli.objectives.contrast.kernel import multires_contrast, tiled_contrast
+from cluda_cli.objectives.objective import Objective
 
 
-class PixelContrast(nn.Module):
+class PixelContrast(Objective):
     """Draw the fused features of a class together and push those of different classes apart (CLUDA).
 
     On source images the labels are ground truth. Mixed images hold pixels of both domains and pseudo-labels; there
-    every pair counts by the product of its two confidence weights. The pixels are those of all processes.
+    every pair counts by the product of its two confidence weights. The pixels are those of all ranks.
 
     For a network of two resolutions, `channels` are those of its encoder's maps: a light head of the objective's own,
     which this loss alone trains, then learns from the maps of the context how much detail counts in a pair.
     """
 
+    settings: settings.PixelContrast
+
     def __init__(
-        self, section: settings.PixelContrast, views: frozenset[str], channels: Sequence[int] | None = None
+        self, section: settings.PixelContrast, views: Sequence[str], channels: Sequence[int] | None = None
     ) -> None:
-        super().__init__()
-        self.settings, self.views = section, views
+        super().__init__(section)
+        self.reads = tuple((view,) for view in views)
         light = settings.Decoder(embed_dim=section.weighter_dim, channels=section.weighter_dim, dilations=())
         self.weighter = None if channels is None else DAFormerDecoder(light, channels, num_classes=1)
 
-    def forward(self, output: Output, view: View) -> Tensor:
+    def forward(self, seen: Seen) -> Tensor:
+        output, view = seen
         size, temperature = self.settings.size, self.settings.temperature
         with torch.autocast(output.features.device.type, enabled=False):
             features, weight = output.features.float(), view.weight.float()
             if self.weighter is None or output.detail is None:
                 rows = map(collectives.all_gather_rows, to_rows(features, view.label, weight, size))
-                return contrast(*rows, temperature=temperature)
+                return tiled_contrast(*rows, temperature=temperature)  # equals `contrast`
             mix = self.weighter([maps.float() for maps in output.encoder])[0].sigmoid()  # B 1 h w
             detail, boxes = output.detail.features.float(), output.detail.boxes
-            rows = map(
-                collectives.all_gather_rows, to_multires_rows(features, detail, boxes, mix, view.label, weight, size)
-            )
-            return multires_contrast(*rows, temperature=temperature)
+            multires_rows = to_multires_rows(features, detail, boxes, mix, view.label, weight, size)
+            return multires_contrast(*map(collectives.all_gather_rows, multires_rows), temperature=temperature)
+
+
+def contrast(features: Tensor, label: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """The definition of the term, with N x N matrices. Training computes the same in tiles, `tiled_contrast`.
+
+    `features` N D of any length (their direction counts), `label` N train ids, 255 = ignored, `weight` N. With s_ij the
+    cosine similarity divided by `temperature`, P_i the other pixels of the class of i, L_i the log-sum-exp of s_ik over
+    the pixels k of other classes, and n the number of labelled pixels, the value is
+
+        1/n sum_i 1/max(1, |P_i|) sum_{j in P_i} w_i w_j softplus(L_i - s_ij),
+
+    which is CLUDA's pixel-to-pixel contrast without the ignored pixels. Its form is that of ContrastiveSeg (Wang et
+    al., ICCV 2021): a positive competes with all negatives but not with other positives. A scalar, 0 without a pair of
+    positives or without negatives.
+    """
+    labelled = label != IGNORE
+    unit, label, weight = F.normalize(features[labelled], dim=1), label[labelled], weight[labelled]
+    similarity = unit @ unit.T / temperature  # n n
+    same = label[:, None] == label
+    positive = same & ~torch.eye(len(label), dtype=torch.bool, device=label.device)
+    rivals = similarity.masked_fill(same, -torch.inf).logsumexp(dim=1, keepdim=True)  # n 1
+    costs = torch.logaddexp(rivals, similarity) - similarity  # softplus(L_i - s_ij), exact where it is large
+    pairs = positive * weight[:, None] * weight * costs
+    return (pairs.sum(dim=1) / positive.sum(dim=1).clamp_min(1)).sum() / max(len(label), 1)
 
 
 def to_rows(features: Tensor, label: Tensor, weight: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -86,13 +86,14 @@ def test_mix_as_the_reference(golden: Any) -> None:
     chosen = torch.zeros(2, 256, dtype=torch.bool)
     for i in range(2):
         chosen[i, label[i][mask[i]]] = True
+    assert torch.equal(class_mask(label, chosen), mask)
     image, mixed, weight = class_mix(
         tensors["in.source_image"],
         label,
         tensors["in.target_image"],
         tensors["in.pseudo_labels"].long(),
         tensors["in.pseudo_weight"],
-        chosen,
+        mask,
     )
     assert torch.equal(image, tensors["out.mixed_image"])
     assert torch.equal(mixed, tensors["out.mixed_labels"][:, 0].long())

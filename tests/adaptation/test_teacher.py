@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cluda_cli import settings
-from cluda_cli.adaptation.teacher import Teacher, ema_decay, labels_and_weights
+from cluda_cli.adaptation.teacher import Teacher, ema_decay, label_logits
 from cluda_cli.models.segmenter import Output, Segmenter
 
 
@@ -90,7 +90,7 @@ def test_teacher_starts_as_an_independent_copy_without_gradient(student: Any) ->
 
 def test_pseudo_labels_give_no_gradient(student: Any, image: Tensor) -> None:
     teacher = Teacher(student, settings.Teacher(confidence=0.3))
-    _, weight = teacher.pseudo_labels(image.requires_grad_(), VALID)
+    _, weight, _ = teacher.pseudo_labels(image.requires_grad_(), VALID)
     assert not weight.requires_grad
     (student(image).logits.square().mean() * weight.mean()).backward()
     assert all(p.grad is None for p in teacher.parameters())
@@ -100,10 +100,10 @@ def test_pseudo_labels_use_batch_statistics_and_no_dropout(student: Any, image: 
     teacher = Teacher(student, settings.Teacher(confidence=0.3))
     reference = copy.deepcopy(teacher.network).eval()
     reference.norm.train()
-    expected = labels_and_weights(reference(image).logits, 0.3, VALID)
+    expected = label_logits(reference(image).logits, 0.3, VALID)
     for mode in (True, False):
         teacher.train(mode)
-        label, weight = teacher.pseudo_labels(image, VALID)
+        label, weight, _ = teacher.pseudo_labels(image, VALID)
         assert torch.equal(label, expected[0]) and torch.equal(weight, expected[1])
 
 
@@ -171,28 +171,30 @@ def test_weight_is_one_share_of_the_whole_batch_and_zero_where_invalid() -> None
     logits[0, 1, 0] = 20  # both pixels of one row of one image are sure of class 1
     valid = torch.ones(2, 2, 2, dtype=torch.bool)
     valid[0, 0, 0] = valid[1, 1, 1] = False
-    label, weight = labels_and_weights(logits, 0.968, valid)
+    label, weight, probability = label_logits(logits, 0.968, valid)
     assert label.dtype == torch.int64 and weight.dtype == torch.float32
     assert label.tolist() == [[[1, 1], [0, 0]], [[0, 0], [0, 0]]]
     assert torch.equal(weight, 0.25 * valid)
+    assert probability.dtype == torch.float32
+    torch.testing.assert_close(probability, logits.softmax(1).amax(1) * valid)
 
 
 def test_threshold_is_inclusive() -> None:
-    weight = labels_and_weights(torch.zeros(1, 2, 2, 2), 0.5, torch.ones(1, 2, 2))[1]
+    weight = label_logits(torch.zeros(1, 2, 2, 2), 0.5, torch.ones(1, 2, 2))[1]
     assert weight.tolist() == [[[1, 1], [1, 1]]]
 
 
 def test_logits_are_upsampled_before_the_class_is_chosen() -> None:
     # The cells show 1 and 2, with 0 a close second; between their centres, at 1/4 and 3/4 of the width, 0 is largest.
     logits = torch.tensor([[9.0, 9.0], [10.0, 0.0], [0.0, 10.0]]).view(1, 3, 1, 2)
-    label, _ = labels_and_weights(logits, 0.9, torch.ones(1, 1, 8))
+    label, *_ = label_logits(logits, 0.9, torch.ones(1, 1, 8))
     assert label.flatten().tolist() == [1, 1, 0, 0, 0, 0, 2, 2]
 
 
 def test_low_precision_logits_are_judged_in_float32() -> None:
     logits = torch.randn(2, 5, 8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
     valid = torch.ones(2, 32, 32)
-    low, full = labels_and_weights(logits, 0.4, valid), labels_and_weights(logits.float(), 0.4, valid)
+    low, full = label_logits(logits, 0.4, valid), label_logits(logits.float(), 0.4, valid)
     assert low[1].dtype == torch.float32
     assert torch.equal(low[0], full[0]) and torch.equal(low[1], full[1])
 
@@ -204,7 +206,7 @@ def test_pseudo_labels_as_the_reference(golden: Any) -> None:
     bounds = description["tolerance_demanded"]["bounds"]
     everywhere = torch.ones(logits.shape[0], *logits.shape[2:])
     for threshold in (0.968, 0.9, 0.5, 0.0, 1.1):
-        label, weight = labels_and_weights(logits, threshold, everywhere)
+        label, weight, _ = label_logits(logits, threshold, everywhere)
         assert torch.equal(label, tensors["out.pseudo_label"].long())
         key = f"weight_value.t{threshold}"
         torch.testing.assert_close(
@@ -217,7 +219,7 @@ def test_pseudo_labels_as_the_reference(golden: Any) -> None:
         valids[key][:, :top] = 0
         valids[key][:, everywhere.shape[1] - bottom :] = 0
     for key, valid in valids.items():
-        _, weight = labels_and_weights(logits, 0.968, valid)
+        _, weight, _ = label_logits(logits, 0.968, valid)
         torch.testing.assert_close(weight, tensors[f"out.{key}"], rtol=0, atol=bounds[key]["float32_max_abs"])
 
 

@@ -1,21 +1,21 @@
 """The views of a step."""
 
 import copy
-import dataclasses
 import itertools
 from collections.abc import Set
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cluda_cli import settings
-from cluda_cli.adaptation.teacher import labels_and_weights
-from cluda_cli.adaptation.views import View, make_views
-from cluda_cli.data.streams import Batch
+from cluda_cli.adaptation.teacher import PseudoLabels, label_logits
+from cluda_cli.adaptation.views import Scene, View
+from cluda_cli.data.batch import Batch, Crops, to_device
 from cluda_cli.data.transforms import normalise
 from cluda_cli.models.boxes import Boxes, random_boxes
+from cluda_cli.objectives import build_makers
 
 PLAIN = settings.Mixing(jitter_probability=0, blur_probability=0)
 STRONG = settings.Mixing(jitter_probability=1, blur_probability=1)
@@ -41,15 +41,16 @@ class StubTeacher:
         self.network = network()
         self.seen: list[Tensor] = []
 
-    def pseudo_labels(self, image: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def pseudo_labels(self, image: Tensor, valid: Tensor) -> PseudoLabels:
         self.seen.append(image)
-        return (torch.arange(image.shape[3]) % 3).expand(valid.shape).clone(), 0.25 * valid.float()
+        label = (torch.arange(image.shape[3]) % 3).expand(valid.shape).clone()
+        return PseudoLabels(label, 0.25 * valid.float(), 0.75 * valid.float())
 
 
 class NoTeacher:
     network = OneResolution()
 
-    def pseudo_labels(self, image: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def pseudo_labels(self, image: Tensor, valid: Tensor) -> PseudoLabels:
         raise AssertionError("the teacher was asked")
 
 
@@ -66,7 +67,10 @@ def batch() -> Batch:
     label[~source_inside] = 255
     source[~source_inside[:, None].expand(-1, 3, -1, -1)] = 0
     target[~target_inside[:, None].expand(-1, 3, -1, -1)] = 0
-    return Batch(source, label, source_inside, target, target_inside, target_valid)
+    return {
+        "source": Crops(source, source_inside, label=label),
+        "target": Crops(target, target_inside, valid=target_valid),
+    }
 
 
 def views_of(
@@ -78,8 +82,9 @@ def views_of(
     step: int = 0,
     teacher: Any = None,
 ) -> dict[str, View]:
-    views = make_views(batch, teacher or StubTeacher(), wanted, mixing, masking, seed, step)
-    return {view.name: view for view in views}
+    chosen = settings.Settings(mixing=mixing, masking=masking)
+    scene = Scene(batch, teacher or StubTeacher(), seed, step)
+    return {name: make(scene) for name, make in build_makers(chosen, nn.ModuleDict()).items() if name in wanted}
 
 
 def equal(first: View, second: View) -> bool:
@@ -88,10 +93,10 @@ def equal(first: View, second: View) -> bool:
 
 def test_source_view_is_the_normalised_batch_with_zero_padding(batch: Batch) -> None:
     view = views_of(batch)["source"]
-    inside = batch.source_inside[:, None].expand(-1, 3, -1, -1)
-    assert torch.equal(view.image[inside], normalise(batch.source_image)[inside])
+    inside = batch["source"].inside[:, None].expand(-1, 3, -1, -1)
+    assert torch.equal(view.image[inside], normalise(batch["source"].image)[inside])
     assert torch.all(view.image[~inside] == 0)
-    assert torch.equal(view.label, batch.source_label.long()) and view.label.dtype == torch.int64
+    assert torch.equal(view.label, batch["source"].label.long()) and view.label.dtype == torch.int64
     assert torch.all(view.weight == 1) and view.weight.dtype == torch.float32
     assert view.pseudo_label is None
 
@@ -104,14 +109,14 @@ def test_every_mixed_pixel_is_wholly_of_the_source_or_of_the_target(batch: Batch
     assert 0.2 < pasted.float().mean() < 0.8
     assert torch.equal(mixed.label[pasted], source.label[pasted])
     assert torch.equal(mixed.image, torch.where(pasted[:, None], source.image, teacher.seen[0]))
-    assert torch.equal(mixed.weight, torch.where(pasted, 1, 0.25 * batch.target_valid))
+    assert torch.equal(mixed.weight, torch.where(pasted, 1, 0.25 * batch["target"].valid))
     assert mixed.image.dtype == mixed.weight.dtype == torch.float32 and mixed.label.dtype == torch.int64
 
 
 def test_teacher_sees_target_images_with_zero_padding(batch: Batch) -> None:
     teacher = StubTeacher()
     views_of(batch, STRONG, teacher=teacher)
-    expected = normalise(batch.target_image) * batch.target_inside[:, None]
+    expected = normalise(batch["target"].image) * batch["target"].inside[:, None]
     assert len(teacher.seen) == 1 and torch.equal(teacher.seen[0], expected)
     assert torch.all(teacher.seen[0][1, :, :, 28:] == 0)
 
@@ -120,7 +125,7 @@ def test_pseudo_label_of_the_mixed_view_is_of_the_target_alone(batch: Batch) -> 
     pseudo_label = views_of(batch)["mixed"].pseudo_label
     assert pseudo_label is not None
     columns = (torch.arange(32) % 3).expand(2, 24, 32)
-    assert torch.equal(pseudo_label, torch.where(batch.target_valid, columns, 255))
+    assert torch.equal(pseudo_label, torch.where(batch["target"].valid, columns, 255))
 
 
 def test_strong_augmentation_changes_the_image_alone(batch: Batch) -> None:
@@ -163,11 +168,26 @@ def test_views_nobody_wants_are_never_made(batch: Batch) -> None:
     assert views_of(batch, wanted=set(), teacher=NoTeacher()) == {}
 
 
-def test_a_view_is_made_only_when_asked_for(batch: Batch) -> None:
-    views = make_views(batch, NoTeacher(), BOTH, PLAIN, BLOCKS, 0, 0)  # type: ignore[arg-type]
-    assert next(views).name == "source"
+def test_the_teacher_is_asked_only_for_a_view_that_needs_it(batch: Batch) -> None:
     with pytest.raises(AssertionError, match="the teacher was asked"):
-        next(views)
+        views_of(batch, wanted={"mixed"}, teacher=NoTeacher())
+
+
+def test_probability_is_the_teachers_and_1_on_ground_truth(batch: Batch) -> None:
+    views = views_of(batch, wanted=ALL | {"target"})
+    valid = batch["target"].valid
+    assert torch.all(views["source"].probability == 1)
+    assert torch.equal(views["target"].probability, 0.75 * valid.float())
+    pasted = views["mixed"].label >= 10
+    assert torch.equal(views["mixed"].probability, torch.where(pasted, 1, 0.75 * valid.float()))
+    assert torch.equal(views["masked"].probability, views["target"].probability)
+
+
+def test_target_view_is_the_target_with_its_pseudo_labels(batch: Batch) -> None:
+    teacher = StubTeacher()
+    view = views_of(batch, wanted={"target"}, teacher=teacher)["target"]
+    assert torch.equal(view.image, teacher.seen[0])
+    assert torch.equal(view.label, (torch.arange(32) % 3).expand(2, 24, 32))
 
 
 def test_global_generator_and_batch_stay_as_they_are(batch: Batch) -> None:
@@ -175,20 +195,21 @@ def test_global_generator_and_batch_stay_as_they_are(batch: Batch) -> None:
     masking = settings.Masking(with_source=True)
     views_of(batch, STRONG, masking, ALL, teacher=StubTeacher(TwoResolutions))
     assert torch.equal(torch.get_rng_state(), before)
-    for field in dataclasses.fields(batch):
-        assert torch.equal(getattr(batch, field.name), getattr(copied, field.name))
+    for name, crops in batch.items():
+        for value, before in zip(vars(crops).values(), vars(copied[name]).values(), strict=True):
+            assert value is None and before is None or torch.equal(value, before)
 
 
 def test_nothing_is_read_back_from_the_device(batch: Batch) -> None:
     class DeviceTeacher:
         network = TwoResolutions()
 
-        def pseudo_labels(self, image: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-            return labels_and_weights(image[:, :, ::4, ::4], 0.9, valid)
+        def pseudo_labels(self, image: Tensor, valid: Tensor) -> PseudoLabels:
+            return label_logits(image[:, :, ::4, ::4], 0.9, valid)
 
     # Tensors on this device have no values, so that reading one (and, on a GPU, waiting for it) raises.
     masking = settings.Masking(with_source=True)
-    views = views_of(batch.to(torch.device("meta")), STRONG, masking, ALL, teacher=DeviceTeacher())
+    views = views_of(to_device(batch, torch.device("meta")), STRONG, masking, ALL, teacher=DeviceTeacher())
     for view in views.values():
         assert view.image.device.type == view.label.device.type == view.weight.device.type == "meta"
         assert view.boxes is not None and view.boxes.corner.device.type == "meta"
@@ -207,7 +228,7 @@ def test_masked_view_hides_parts_of_the_target_and_keeps_its_pseudo_labels(batch
     view = views_of(batch, wanted={"masked"}, teacher=teacher)["masked"]
     columns = (torch.arange(32) % 3).expand(2, 24, 32)
     assert torch.equal(view.label, columns) and view.label.dtype == torch.int64
-    assert torch.equal(view.weight, 0.25 * batch.target_valid)  # hidden pixels count, margins do not
+    assert torch.equal(view.weight, 0.25 * batch["target"].valid)  # hidden pixels count, margins do not
     assert view.image.dtype == view.weight.dtype == torch.float32 and view.pseudo_label is None
     shown = visible(view)
     assert torch.equal(view.image, teacher.seen[0] * shown[:, None])
@@ -246,8 +267,8 @@ def test_target_is_augmented_before_it_is_masked_if_asked_to(batch: Batch) -> No
 
 @pytest.mark.parametrize(("count", "ours"), [(1, 0), (2, 1), (3, 1), (4, 2)])
 def test_half_of_the_masked_images_may_be_source(batch: Batch, count: int, ours: int) -> None:
-    fields = (torch.cat([getattr(batch, field.name)] * 2)[:count] for field in dataclasses.fields(batch))
-    larger, teacher = Batch(*fields), StubTeacher()
+    images = torch.arange(count) % 2
+    larger, teacher = {name: crops.select(images) for name, crops in batch.items()}, StubTeacher()
     masking = settings.Masking(block=4, augment=False, with_source=True)
     views = views_of(larger, PLAIN, masking, {"source", "masked"}, teacher=teacher)
     source, view = views["source"], views["masked"]
@@ -257,7 +278,7 @@ def test_half_of_the_masked_images_may_be_source(batch: Batch, count: int, ours:
     assert 0 < visible(view).float().mean() < 0.8
     columns = (torch.arange(32) % 3).expand(theirs, 24, 32)
     assert torch.equal(view.label, torch.cat([source.label[:ours], columns]))
-    assert torch.equal(view.weight, torch.cat([torch.ones(ours, 24, 32), 0.25 * larger.target_valid[:theirs]]))
+    assert torch.equal(view.weight, torch.cat([torch.ones(ours, 24, 32), 0.25 * larger["target"].valid[:theirs]]))
 
 
 def test_source_is_masked_without_augmentation(batch: Batch) -> None:

@@ -35,13 +35,13 @@ from torch.utils._pytree import tree_leaves
 from cluda_cli import console, presets
 from cluda_cli.adaptation import views
 from cluda_cli.adaptation.teacher import Teacher
+from cluda_cli.data.batch import Batch, Crops
 from cluda_cli.data.labels import CITYSCAPES, ClassTable
-from cluda_cli.data.streams import Batch
 from cluda_cli.engine import step
 from cluda_cli.inference import sliding as inference
 from cluda_cli.models import multires
 from cluda_cli.models.boxes import Boxes, Size
-from cluda_cli.objectives import build_objectives, pixel_contrast
+from cluda_cli.objectives import build_makers, build_objectives, pixel_contrast
 from cluda_cli.settings import Settings
 
 CPU = torch.device("cpu")
@@ -146,22 +146,26 @@ def _step_parts(run: SimpleNamespace, contrast: int) -> Iterator[str]:
     learned = [p for network in (run.student, run.objectives) for p in network.parameters() if p.requires_grad]
     moments = [torch.zeros_like(p) for p in learned for _ in range(2)]  # noqa: F841  held until the step ends
     yield "at rest"
-    batch, wanted = _batch(settings), frozenset().union(*(o.views for o in run.objectives.values()))
-    making = views.make_views(batch, run.teacher, wanted, settings.mixing, settings.masking, settings.training.seed, 0)
+    scene = views.Scene(_batch(settings), run.teacher, settings.training.seed, 0)
+    makers = build_makers(settings, run.objectives)
     held = []  # for pictures, as the step does
     with _without_values(settings, contrast):
-        while view := step._next_view(run, making):
-            yield f"make {view.name}"
-            held.append(view)
-            step._learn(run, view, {n: o for n, o in run.objectives.items() if view.name in o.views})
-            yield view.name
+        for names in step.join_groups(run.objectives.values(), list(makers)):
+            made = [makers[name](scene) for name in names]
+            yield f"make {'+'.join(names)}"
+            held += made
+            step._learn(run, made, run.objectives, [])
+            yield "+".join(names)
 
 
 def _batch(settings: Settings) -> Batch:
     size = (settings.data.batch_size, *settings.data.crop)
     image = torch.zeros(size[0], 3, *size[1:], dtype=torch.uint8)
     label, inside = torch.zeros(size, dtype=torch.uint8), torch.ones(size, dtype=torch.bool)
-    return Batch(image, label, inside, image.clone(), inside.clone(), inside.clone())
+    return {
+        "source": Crops(image, inside, label=label),
+        "target": Crops(image.clone(), inside.clone(), valid=inside.clone()),
+    }
 
 
 def _validate(student: nn.Module, settings: Settings) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cluda_cli import console, presets
 from cluda_cli.adaptation.teacher import Teacher, ema_decay
-from cluda_cli.data.streams import Batch
+from cluda_cli.data.batch import Batch, to_device
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.step import training_step
 from cluda_cli.inference.device import pick_device
@@ -119,10 +119,10 @@ def build(settings: Settings, device: torch.device, training: dict[str, Any]) ->
     changed = run_settings.training.model_copy(update=seldom | training)
     run_settings = run_settings.model_copy(update={"training": changed})
     source = synthetic_source()
-    run = Run(run_settings, source, device)
+    run = Run(run_settings, [source], device)
     run.step = max(busiest_step(settings), 1)
     label_believably(run)
-    return run, next(batch_stream(run_settings, source, None, run.step, device)).to(device)
+    return run, to_device(next(batch_stream(run_settings, [source], None, run.step, device)), device)
 
 
 def step_seconds(run: Run, batch: Batch) -> float:

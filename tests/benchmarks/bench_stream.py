@@ -28,9 +28,9 @@ from PIL import Image
 from torch import Tensor
 
 from cluda_cli import settings
+from cluda_cli.data.draws import LabelledImages, TargetImages
 from cluda_cli.data.index import Index, Item
 from cluda_cli.data.labels import CITYSCAPES, IGNORE, ClassTable
-from cluda_cli.data.streams import Steps
 from cluda_cli.data.transforms import fit_box, read_image, read_label, resize_label_region
 from cluda_cli.files import write_json
 from cluda_cli.preparation.caching import write_cache
@@ -65,38 +65,39 @@ def write_dataset(folder: Path, images: int, size: tuple[int, int], seed: int = 
     return Index("bench", folder, folder, ClassTable(CITYSCAPES), {"train": tuple(items)})
 
 
-def plain_source(steps: Steps, rng: Generator) -> tuple[Tensor, Tensor, int]:
+def plain_source(images: LabelledImages, rng: Generator) -> tuple[Tensor, Tensor, int]:
     """Image and label of one crop, each try from the files on, and the number of tries."""
-    assert steps.rare is not None
-    train_id, position = steps.rare.draw(rng)
-    item = steps.source_items[position]
+    assert images.rare is not None
+    train_id, position = images.rare.draw(rng)
+    item = images.items[position]
     for tries in range(1, 12):  # noqa: B007  the last one is returned
-        image, label = plain_pipeline(steps, item, rng)
-        if (label == train_id).sum() > steps.rare.crop_pixels:
+        image, label = plain_pipeline(images, item, rng)
+        if (label == train_id).sum() > images.rare.crop_pixels:
             break
     return image, label, tries
 
 
-def plain_pipeline(steps: Steps, item: Item, rng: Generator) -> tuple[Tensor, Tensor]:
+def plain_pipeline(images: LabelledImages, item: Item, rng: Generator) -> tuple[Tensor, Tensor]:
     """Decode, resize the frame, draw crops until one is diverse, flip."""
-    image, label = read_image(steps.source.image_path(item)), read_label(steps.source.label_path(item))
-    size, (height, width) = fit_box(item.size, steps.data.source_box), steps.data.crop
+    index, data = images.frames.index, images.data
+    image, label = read_image(index.image_path(item)), read_label(index.label_path(item))
+    size, (height, width) = fit_box(item.size, data.source_box), data.crop
     image, label = resize_frame(image, size), resize_label_region(label, size, 0, 0, *size)
     for _ in range(11):
         top, left = rng.integers(size[0] - height + 1), rng.integers(size[1] - width + 1)
         window = label[top : top + height, left : left + width]
         counts = torch.bincount(window.flatten(), minlength=256)[:IGNORE]
-        if counts.max() < steps.data.max_class_share * counts.sum():
+        if counts.max() < data.max_class_share * counts.sum():
             break
     crop = image[:, top : top + height, left : left + width]
     return (crop.flip(-1), window.flip(-1)) if rng.random() < 0.5 else (crop.contiguous(), window.contiguous())
 
 
-def plain_target(steps: Steps, rng: Generator) -> Tensor:
+def plain_target(images: TargetImages, rng: Generator) -> Tensor:
     """Image of one crop: decode, resize the frame, crop, flip."""
-    item, (height, width) = steps.target_items[rng.integers(len(steps.target_items))], steps.data.crop
-    size = fit_box(item.size, steps.data.target_box)
-    image = resize_frame(read_image(steps.target.image_path(item)), size)
+    item, (height, width) = images.items[rng.integers(len(images.items))], images.data.crop
+    size = fit_box(item.size, images.data.target_box)
+    image = resize_frame(read_image(images.frames.index.image_path(item)), size)
     top, left = rng.integers(size[0] - height + 1), rng.integers(size[1] - width + 1)
     crop = image[:, top : top + height, left : left + width]
     return crop.flip(-1) if rng.random() < 0.5 else crop.contiguous()
@@ -132,21 +133,21 @@ def measure(
     source: Index, target: Index, folder: Path, data: settings.Data, count: int, repeats: int
 ) -> tuple[dict[str, list[float]], float]:
     """Rates of each side, by repeat, and the mean number of tries of the plain loader."""
-    steps = Steps(source, target, data, seed=0)
+    labelled, unlabelled = LabelledImages(source, source.classes, data), TargetImages(target, data)
     cached_source = with_cache(source, folder / "cached-source", data.source_box)
     cached_target = with_cache(target, folder / "cached-target", data.target_box)
-    cached = Steps(cached_source, cached_target, data, seed=0)
-    for ours, theirs in [(steps.source_sample, cached.source_sample), (steps.target_sample, cached.target_sample)]:
-        pairs = zip(ours(np.random.default_rng(0)), theirs(np.random.default_rng(0)), strict=True)
-        assert all(torch.equal(a, b) for a, b in pairs), "the cache changes what is learned from"
+    cached = LabelledImages(cached_source, source.classes, data), TargetImages(cached_target, data)
+    for ours, theirs in zip((labelled, unlabelled), cached, strict=True):
+        images = (draw(np.random.default_rng(0)).image for draw in (ours, theirs))
+        assert torch.equal(*images), "the cache changes what is learned from"
     tries: list[int] = []
     sides: dict[str, Callable[[Generator], object]] = {
-        "source plain": lambda rng: tries.append(plain_source(steps, rng)[2]),
-        "source stream": steps.source_sample,
-        "source cache": cached.source_sample,
-        "target plain": lambda rng: plain_target(steps, rng),
-        "target stream": steps.target_sample,
-        "target cache": cached.target_sample,
+        "source plain": lambda rng: tries.append(plain_source(labelled, rng)[2]),
+        "source stream": labelled,
+        "source cache": cached[0],
+        "target plain": lambda rng: plain_target(unlabelled, rng),
+        "target stream": unlabelled,
+        "target cache": cached[1],
     }
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(repeats):

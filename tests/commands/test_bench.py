@@ -137,7 +137,7 @@ def test_ctrl_c_ends_cleanly(tiny, monkeypatch):
 
 def test_a_batch_that_does_not_fit_is_told_with_one_that_does(tiny, monkeypatch):
     def step(run, batch):
-        if len(batch.source_image) > 3:
+        if len(batch["source"].image) > 3:
             raise torch.OutOfMemoryError
 
     monkeypatch.setattr("cluda_cli.measure.costs.training_step", step)

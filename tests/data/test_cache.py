@@ -61,12 +61,12 @@ def test_batches_are_equal_to_the_last_bit(tmp_path: Path, index: Index, box: Bo
     rare = RareClass(min_pixels=20, min_crop_share=0.25)
     data = Data(crop=(32, 36), source_box=box, target_box=box, workers=0, rare_class=rare)
     unlabelled = make_index(tmp_path / "other", labels=False)
-    expected = list(batches(index, unlabelled, data, 0, 0, 12))
+    expected = list(batches([index], unlabelled, data, 0, 0, 12))
     for dataset in (index, unlabelled):
         write(dataset, box if cached == "as the run" else None)
         for path in dataset.folder.glob("*.png"):
             path.unlink()  # nothing else can be read any more
-    for ours, theirs in zip(batches(index, unlabelled, data, 0, 0, 12), expected, strict=True):
+    for ours, theirs in zip(batches([index], unlabelled, data, 0, 0, 12), expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(vars(ours).values(), vars(theirs).values(), strict=True))
 
 
@@ -223,5 +223,5 @@ def test_loader_processes_read_the_cache(index: Index) -> None:
     expected = Steps(index, index, data, 0)[3]
     for path in index.folder.glob("*.png"):
         os.remove(path)
-    (batch,) = batches(index, index, data, 0, 3, 4)
-    assert torch.equal(batch.source_image, expected.source_image)
+    (batch,) = batches([index], index, data, 0, 3, 4)
+    assert torch.equal(batch["source"].image, expected.source_image)

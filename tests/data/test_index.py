@@ -54,7 +54,7 @@ def test_fingerprint_changes_with_the_data_and_not_with_the_place(tmp_path: Path
 def test_statistics_add_up_over_a_split(tmp_path: Path) -> None:
     index = make_index(tmp_path)
     assert index.class_pixels("train") == [20, 0, 28]
-    assert seen_classes(index) == ("road", "building")
+    assert seen_classes([index]) == ("road", "building")
     assert len(index.labelled("train")) == 2
     assert index.labelled("val") == ()
 

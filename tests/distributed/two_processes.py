@@ -20,7 +20,7 @@ from cluda_cli.settings import Settings
 def outcome(settings: Settings) -> dict[str, Any]:
     """Two training steps in float64 and a validation: all that must not depend on the number of processes."""
     source, target = (find(name, settings.data.root) for name in (settings.data.source, settings.data.target))
-    run = Run(settings, source, torch.device("cpu"))
+    run = Run(settings, [source], torch.device("cpu"))
     for module in run.objectives.modules():  # the masks of dropout depend on the process
         if isinstance(module, torch.nn.Dropout2d):
             module.p = 0.0
@@ -29,7 +29,7 @@ def outcome(settings: Settings) -> dict[str, Any]:
         for module in (run.student, run.teacher, run.objectives):
             module.double()
         mine = collectives.local_positions(settings.data.batch_size)
-        for i, batch in enumerate(batches(source, target, settings.data, 0, 0, 2, positions=mine)):
+        for i, batch in enumerate(batches([source], target, settings.data, 0, 0, 2, positions=mine)):
             found[f"terms {i}"] = dict(training_step(run, batch).terms)
             found |= {f"{part} {i}": tensors for part, tensors in state(run).items()}
     if not settings.training.shard:  # FSDP2 does not let the type change

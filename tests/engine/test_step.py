@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import save_file
 
 from cluda_cli import presets
-from cluda_cli.adaptation.views import make_views
+from cluda_cli.adaptation.views import Scene, Seen
+from cluda_cli.data.batch import to_device
 from cluda_cli.data.index import find
 from cluda_cli.data.streams import batches
 from cluda_cli.engine.pictures import write_pictures
@@ -24,8 +25,8 @@ def changed(settings, tree):
 
 def start(settings):
     source, target = find("clean", settings.data.root), find("noisy", settings.data.root)
-    run = Run(settings, source, CPU)
-    return run, batches(source, target, settings.data, settings.training.seed, 0, settings.training.steps)
+    run = Run(settings, [source], CPU)
+    return run, batches([source], target, settings.data, settings.training.seed, 0, settings.training.steps)
 
 
 def flat(module):
@@ -54,12 +55,13 @@ def test_one_backward_per_view_is_the_gradient_of_the_sum(tiny_settings):
     run.student.train()
     run.student.load_state_dict(state, strict=False)
     total = 0
-    wanted, s = frozenset({"source", "mixed"}), run.settings
-    for view in make_views(batch, run.teacher, wanted, s.mixing, s.masking, s.training.seed, 0):
+    scene = Scene(batch, run.teacher, run.settings.training.seed, 0)
+    for name in ("source", "mixed"):
+        view = run.makers[name](scene)
         output = run.student(view.image)
         for objective in run.objectives.values():
-            if view.name in objective.views:
-                total = total + objective.settings.weight * objective(output, view)
+            if (name,) in objective.reads:
+                total = total + objective.settings.weight * objective(Seen(output, view))
     total.backward()
     for name, parameter in run.student.named_parameters():
         if parameter.grad is not None:
@@ -131,20 +133,28 @@ def test_each_objective_moves_the_student_and_starts_when_told(tiny_settings, na
     assert torch.equal(without, student_after_two_steps(off | {name: {"start": 2}}))
 
 
-def test_a_broken_loss_names_its_term_and_leaves_the_run_as_it_was(tiny_settings, monkeypatch):
+def test_a_broken_loss_names_its_term_and_moves_no_parameter(tiny_settings, monkeypatch):
     run, stream = start(tiny_settings)
     stream = iter(stream)
     training_step(run, next(stream))
-    before = {k: v.clone() for k, v in run.student.state_dict().items()}
-    teacher = {k: v.clone() for k, v in run.teacher.state_dict().items()}
+    before = {k: v.clone() for k, v in (*run.student.named_parameters(), *run.teacher.named_parameters())}
     contrast = run.objectives["pixel_contrast"]
     honest = type(contrast).forward
     monkeypatch.setattr(type(contrast), "forward", lambda *args: honest(*args) * float("nan"))
     with pytest.raises(RunError, match="source/pixel_contrast, mixed/pixel_contrast is not finite in step 1"):
         training_step(run, next(stream))
     assert run.step == 1
-    assert all(torch.equal(v, before[k]) for k, v in run.student.state_dict().items())
-    assert all(torch.equal(v, teacher[k]) for k, v in run.teacher.state_dict().items())
+    for name, value in (*run.student.named_parameters(), *run.teacher.named_parameters()):
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_broken_gradient_under_finite_losses_is_named_too(tiny_settings, monkeypatch):
+    run, stream = start(tiny_settings)
+    for parameter in run.student.decoder.parameters():
+        parameter.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(RunError, match="the gradient is not finite in step 0 -> the last saved state is kept"):
+        training_step(run, next(iter(stream)))
+    assert run.step == 0
 
 
 def test_a_view_nobody_reads_is_not_made(tiny_settings, monkeypatch):
@@ -197,7 +207,7 @@ def test_every_preset_takes_a_step(name, overlay, tiny_settings, tmp_path):
     weights.unlink(missing_ok=True)  # pytest keeps the files of three sessions
     before = flat(run.student)
     result = training_step(run, next(iter(stream)))
-    assert set(run.objectives) == {n for n, o in preset.objectives if o is not None}
+    assert set(run.objectives) == {n for n, o in preset.objectives if o}
     assert {view.name for view in result.views} == {"source"} | (set(run.objectives) & {"mixed", "masked"})
     assert isinstance(run.student, MultiResolution) == bool(preset.model.multires)
     assert all(torch.isfinite(value) for value in result.terms.values())
@@ -229,8 +239,8 @@ def test_everything_on_in_bfloat16_on_a_gpu(tiny_settings, tmp_path, uncertain_f
         "training": {"precision": "bfloat16"},
     })  # fmt: skip
     source, target = find("clean", settings.data.root), find("noisy", settings.data.root)
-    run = Run(settings, source, torch.device("cuda"))
-    batch = next(batches(source, target, settings.data, 0, 0, 1)).to(run.device)
+    run = Run(settings, [source], torch.device("cuda"))
+    batch = to_device(next(batches([source], target, settings.data, 0, 0, 1)), run.device)
     result = training_step(run, batch)
     assert all(torch.isfinite(value) for value in result.terms.values())
     write_pictures(tmp_path / "views.png", run, batch, result.views)

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from cluda_cli import presets
 from cluda_cli.adaptation.mixing import choose_classes
 from cluda_cli.adaptation.photometric import strong_augment
+from cluda_cli.data.batch import Batch, Crops
 from cluda_cli.data.index import find
-from cluda_cli.data.streams import Batch
 from cluda_cli.data.transforms import normalise
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.step import training_step
@@ -139,13 +139,13 @@ class PlainRun:
         return terms, boxes
 
     def views(self, batch: Batch, step: int) -> dict[str, Shown]:
-        s, count, label = self.s, len(batch.source_label), batch.source_label.long()
-        source = normalise(batch.source_image) * batch.source_inside[:, None]
-        target = normalise(batch.target_image) * batch.target_inside[:, None]
+        s, count, label = self.s, len(batch["source"].label), batch["source"].label.long()
+        source = normalise(batch["source"].image) * batch["source"].inside[:, None]
+        target = normalise(batch["target"].image) * batch["target"].inside[:, None]
         probability = resize(self.teacher_logits(target), s.data.crop).softmax(dim=1)
         share = (probability.amax(dim=1) >= s.teacher.confidence).double().mean()
         assert 0.05 < share < 0.95
-        pseudo, weight = probability.argmax(dim=1), share * batch.target_valid.double()
+        pseudo, weight = probability.argmax(dim=1), share * batch["target"].valid.double()
         sure = torch.ones_like(weight)
         views = {"source": Shown(source, label, sure, self.one_place("source", count, step))}
 
@@ -359,7 +359,7 @@ def plain_and_run(
     settings = presets.load([*names], tree)
     torch.manual_seed(0)
     save_file(build_encoder(settings.model).state_dict(), weights)
-    run = Run(settings, find("clean", tiny_data), torch.device("cpu"))
+    run = Run(settings, [find("clean", tiny_data)], torch.device("cpu"))
     pretrained = copy.deepcopy(run.student.encoder)
     for module in (run.student, run.teacher, run.objectives):
         module.double()
@@ -384,7 +384,10 @@ def make_batch(settings: Settings, step: int) -> Batch:
     valid = inside[1].clone()
     valid[:, :6] = False
     source_label = label[0].where((label[0] < 5) & inside[0], IGNORE).to(torch.uint8)
-    return Batch(image[0], source_label, inside[0], image[1], inside[1], valid)
+    return {
+        "source": Crops(image[0], inside[0], label=source_label),
+        "target": Crops(image[1], inside[1], valid=valid),
+    }
 
 
 def assert_near(ours: Mapping[str, Tensor], plain: Mapping[str, Tensor], tolerance: float) -> None:

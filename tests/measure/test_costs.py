@@ -39,7 +39,7 @@ def test_no_batch_beyond_the_bound_is_tried():
 
 @pytest.fixture
 def run(tiny_settings):
-    return Run(measurable(tiny_settings, 1), synthetic_source(), CPU)
+    return Run(measurable(tiny_settings, 1), [synthetic_source()], CPU)
 
 
 @pytest.fixture
@@ -51,8 +51,8 @@ def test_a_step_of_another_batch_size_is_tried(run, batch, monkeypatch):
     seen = []
 
     def step(run, batch):
-        seen.append([len(batch.source_image), len(batch.target_valid)])
-        if len(batch.source_image) > 3:
+        seen.append([len(batch["source"].image), len(batch["target"].valid)])
+        if len(batch["source"].image) > 3:
             raise torch.OutOfMemoryError
 
     monkeypatch.setattr(costs, "training_step", step)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cluda_cli import settings
-from cluda_cli.adaptation.views import View
+from cluda_cli.adaptation.views import Seen, View
 from cluda_cli.inference import sliding as inference
 from cluda_cli.inference.sliding import image_logits
 from cluda_cli.models.boxes import Boxes
@@ -22,7 +22,7 @@ from cluda_cli.objectives.pixel_contrast import PixelContrast
 
 K, DETAIL = 19, (64, 64)
 SMALL = settings.Decoder(embed_dim=32, channels=32, dropout=0)
-LOSS = CrossEntropy(settings.CrossEntropy(), views=frozenset({"source"}))
+LOSS = CrossEntropy(settings.CrossEntropy(), "source")
 pytestmark = pytest.mark.reference
 
 
@@ -36,7 +36,7 @@ class Networks(nn.Module):
         self.network = MultiResolution(model, multires, (128, 128), K)
         if cluda:
             channels = self.network.encoder.channels
-            self.weighter = PixelContrast(settings.PixelContrast(), frozenset({"source"}), channels).weighter
+            self.weighter = PixelContrast(settings.PixelContrast(), ("source",), channels).weighter
         self.eval()
 
 
@@ -84,9 +84,9 @@ def check_formula_losses(output: Output, whole: float, part: float) -> None:
     h, w = torch.meshgrid(torch.arange(128), torch.arange(128), indexing="ij")
     label = ((h // 8 + w // 16) % 20).expand(2, 128, 128)
     weight = (0.5 + 0.5 * (0.1 * h.double()).cos()).expand(2, 128, 128)
-    view = View("source", output.image, label.masked_fill(label == 19, 255), weight)
+    view = View("source", output.image, label.masked_fill(label == 19, 255), weight, weight)
     assert [part.item() for part in losses(output, view)] == pytest.approx([whole, part], rel=0, abs=1e-8)
-    assert LOSS(output, view).item() == pytest.approx(whole + part, rel=0, abs=1e-6)  # computed in float32
+    assert LOSS(Seen(output, view)).item() == pytest.approx(whole + part, rel=0, abs=1e-6)  # computed in float32
 
 
 @torch.no_grad()
@@ -189,13 +189,13 @@ def test_training_forward_and_backward(cluda: bool, dtype: torch.dtype, golden: 
     decoded = remember_logits(networks.network.decoder)
     attention = remember_logits(networks.network.scale_attention)
     label = vectors["in.labels"][:, 0].long()
-    view = View("source", vectors["in.image"].to(dtype), label, torch.ones_like(label, dtype=dtype))
+    view = View("source", vectors["in.image"].to(dtype), label, *torch.ones(2, *label.shape, dtype=dtype))
     top, bottom, left, right = description["settings"]["hr_crop_box_y1_y2_x1_x2"]
     assert (bottom - top, right - left) == DETAIL
     output = networks.network(view.image, Boxes(torch.tensor([[top, left]] * 2), DETAIL))
     assert output.detail is not None
     whole, part = losses(output, view)
-    total = LOSS(output, view) if dtype == torch.float32 else whole + part  # the objective computes in float32
+    total = LOSS(Seen(output, view)) if dtype == torch.float32 else whole + part  # the objective computes in float32
     total.backward()
     raw = attention[0].sigmoid()
     mask = output.detail.boxes.over(8).inside((16, 16))[:, None].to(dtype)

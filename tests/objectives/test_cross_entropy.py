@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluda_cli import settings
-from cluda_cli.adaptation.views import View
+from cluda_cli.adaptation.views import Seen, View
 from cluda_cli.models.boxes import Boxes
 from cluda_cli.models.segmenter import Detail, Output
 from cluda_cli.objectives.cross_entropy import CrossEntropy, weighted_cross_entropy
@@ -54,7 +54,7 @@ def seen(detail: bool = True) -> tuple[Output, View]:
     label[:, 9:11] = 255
     weight, image = torch.rand(2, 16, 24, generator=generator), torch.zeros(2, 3, 16, 24)
     detailed = Detail(BOXES, part, part) if detail else None
-    return Output(whole, whole, (), image, detailed), View("mixed", image, label, weight)
+    return Output(whole, whole, (), image, detailed), View("mixed", image, label, weight, weight)
 
 
 def by_hand(logits: Tensor, label: Tensor, weight: Tensor) -> float:
@@ -71,13 +71,13 @@ def by_hand(logits: Tensor, label: Tensor, weight: Tensor) -> float:
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
 def test_detail_has_its_share(share: float) -> None:
     output, view = seen()
-    objective = CrossEntropy(settings.CrossEntropy(detail_weight=share), frozenset({"mixed"}))
+    objective = CrossEntropy(settings.CrossEntropy(detail_weight=share), "mixed")
     whole = by_hand(output.logits, view.label, view.weight)
     assert output.detail is not None
     parts = [torch.stack([maps[0, 8:16, :8], maps[1, :8, 16:]]) for maps in (view.label, view.weight)]
     part = by_hand(output.detail.logits, *parts)
     assert not math.isclose(whole, part, rel_tol=0.05)
-    value = objective(output, view)
+    value = objective(Seen(output, view))
     assert value.item() == pytest.approx((1 - share) * whole + share * part, rel=1e-5)
     value.backward()
     for logits, has_gradient in ((output.logits, share < 1), (output.detail.logits, share > 0)):
@@ -87,7 +87,7 @@ def test_detail_has_its_share(share: float) -> None:
 def test_without_detail_its_share_does_not_matter() -> None:
     output, view = seen(detail=False)
     values = [
-        CrossEntropy(settings.CrossEntropy(detail_weight=share), frozenset({"mixed"}))(output, view)
+        CrossEntropy(settings.CrossEntropy(detail_weight=share), "mixed")(Seen(output, view))
         for share in (0.0, 0.1, 1.0)
     ]
     assert values[0] == values[1] == values[2]
@@ -98,8 +98,8 @@ def test_crop_without_labels_counts_as_zero() -> None:
     output, view = seen()
     view.label[0, 8:16, :8] = 255
     view.label[1, :8, 16:] = 255
-    objective = CrossEntropy(settings.CrossEntropy(), frozenset({"mixed"}))
-    value = objective(output, view)
+    objective = CrossEntropy(settings.CrossEntropy(), "mixed")
+    value = objective(Seen(output, view))
     assert value.item() == pytest.approx(0.9 * by_hand(output.logits, view.label, view.weight), rel=1e-5)
     value.backward()
     assert output.detail is not None and torch.all(output.detail.logits.grad == 0)
@@ -107,7 +107,7 @@ def test_crop_without_labels_counts_as_zero() -> None:
 
 def test_halves_are_computed_in_float32_under_autocast() -> None:
     output, view = seen()
-    objective = CrossEntropy(settings.CrossEntropy(), frozenset({"mixed"}))
-    expected = objective(output, view)
+    objective = CrossEntropy(settings.CrossEntropy(), "mixed")
+    expected = objective(Seen(output, view))
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(objective(output, view), expected)
+        assert torch.equal(objective(Seen(output, view)), expected)

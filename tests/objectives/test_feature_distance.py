@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from cluda_cli import settings
-from cluda_cli.adaptation.views import View
+from cluda_cli.adaptation.views import Seen, View
 from cluda_cli.data.labels import CITYSCAPES, ClassTable
 from cluda_cli.errors import SettingsError
 from cluda_cli.models.segmenter import Output
@@ -30,7 +30,7 @@ class Encoder(nn.Module):
 def source_view(label: int | Tensor = PERSON) -> View:
     image = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
     labels = torch.full((2, 16, 24), label) if isinstance(label, int) else label
-    return View("source", image, labels, torch.ones(2, 16, 24))
+    return View("source", image, labels, *torch.ones(2, 2, 16, 24))
 
 
 def output_of(features: Tensor, image: Tensor | None = None) -> Output:
@@ -95,8 +95,8 @@ def test_is_zero_only_for_the_pretrained_features() -> None:
     encoder = Encoder()
     objective = FeatureDistance(settings.FeatureDistance(), encoder, CLASSES)
     features = encoder.eval()(source_view().image)[-1].detach()
-    assert objective(output_of(features), source_view()) == 0
-    torch.testing.assert_close(objective(output_of(features + 2), source_view()), torch.tensor(2 * 5**0.5))
+    assert objective(Seen(output_of(features), source_view())) == 0
+    torch.testing.assert_close(objective(Seen(output_of(features + 2), source_view())), torch.tensor(2 * 5**0.5))
 
 
 def test_acts_on_the_named_classes_or_on_all_things() -> None:
@@ -104,7 +104,7 @@ def test_acts_on_the_named_classes_or_on_all_things() -> None:
     for names, acts_on in ((None, {PERSON}), (("sky",), {SKY}), (("sky", "person"), {SKY, PERSON})):
         objective = FeatureDistance(settings.FeatureDistance(classes=names), Encoder(), CLASSES)
         for train_id in (SKY, PERSON, 255):
-            value = objective(output_of(features), source_view(train_id))
+            value = objective(Seen(output_of(features), source_view(train_id)))
             assert (value > 0) == (train_id in acts_on)
             assert value.requires_grad
 
@@ -118,15 +118,16 @@ def test_the_frozen_copy_is_no_part_of_the_objective() -> None:
 def test_the_frozen_copy_does_not_follow_the_student() -> None:
     encoder = Encoder()
     objective = FeatureDistance(settings.FeatureDistance(), encoder, CLASSES)
-    before = objective(output_of(torch.zeros(2, 5, 2, 3)), source_view())
+    before = objective(Seen(output_of(torch.zeros(2, 5, 2, 3)), source_view()))
     with torch.no_grad():
         encoder.convolution.weight.add_(1)
-    assert objective(output_of(torch.zeros(2, 5, 2, 3)), source_view()) == before
+    assert objective(Seen(output_of(torch.zeros(2, 5, 2, 3)), source_view())) == before
 
 
 def test_the_frozen_copy_stays_in_evaluation_mode() -> None:
     objective = nn.ModuleDict({"it": FeatureDistance(settings.FeatureDistance(), Encoder(), CLASSES)})
-    values = [objective.train(mode)["it"](output_of(torch.zeros(2, 5, 2, 3)), source_view()) for mode in (True, False)]
+    seen = Seen(output_of(torch.zeros(2, 5, 2, 3)), source_view())
+    values = [objective.train(mode)["it"](seen) for mode in (True, False)]
     assert values[0] == values[1]
 
 
@@ -134,7 +135,7 @@ def test_the_frozen_copy_moves_with_the_objective() -> None:
     """Seen by the type of its numbers, because moving to a device and changing type are one mechanism."""
     objective = nn.ModuleDict({"it": FeatureDistance(settings.FeatureDistance(), Encoder(), CLASSES)}).double()
     output = output_of(torch.zeros(2, 5, 2, 3), source_view().image.double())
-    assert objective["it"](output, source_view()) > 0
+    assert objective["it"](Seen(output, source_view())) > 0
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluda_cli.objectives.contrast import tiles as contrast_tiles
-from cluda_cli.objectives.contrast.kernel import contrast, multires_contrast
+from cluda_cli.objectives.contrast.kernel import multires_contrast, tiled_contrast
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -101,7 +101,7 @@ def test_a_mix_of_zero_is_half_the_contrast_of_one_resolution(name: str) -> None
         multires_contrast, (features, detail, inside, torch.zeros_like(mix), label, weight), 0.5
     )
     features = features.clone().requires_grad_()
-    expected = contrast(features, label, weight, 0.5) / 2
+    expected = tiled_contrast(features, label, weight, 0.5) / 2
     torch.testing.assert_close(value, expected.detach(), rtol=1e-13, atol=0)
     torch.testing.assert_close(to_features, torch.autograd.grad(expected, features)[0], rtol=1e-12, atol=1e-16)
     assert torch.equal(to_detail, torch.zeros_like(to_detail))
@@ -120,7 +120,7 @@ def test_a_mix_of_one_everywhere_reads_the_context_as_anchors_only() -> None:
     features, _, _, mix, label, weight = CASES["everything inside"]
     everywhere = torch.ones_like(label, dtype=torch.bool)
     value = multires_contrast(features, features, everywhere, torch.ones_like(mix), label, weight, 0.5)
-    torch.testing.assert_close(value, contrast(features, label, weight, 0.5) / 2, rtol=1e-13, atol=0)
+    torch.testing.assert_close(value, tiled_contrast(features, label, weight, 0.5) / 2, rtol=1e-13, atol=0)
 
 
 @BOTH_CHOICES

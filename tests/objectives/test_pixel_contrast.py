@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from cluda_cli import settings
-from cluda_cli.adaptation.views import View
+from cluda_cli.adaptation.views import Seen, View
 from cluda_cli.models.boxes import Boxes
 from cluda_cli.models.segmenter import Detail, Output
-from cluda_cli.objectives.contrast.kernel import contrast, multires_contrast
+from cluda_cli.objectives.contrast.kernel import multires_contrast, tiled_contrast
 from cluda_cli.objectives.pixel_contrast import PixelContrast, to_multires_rows, to_rows
 
 
@@ -42,13 +42,13 @@ def formula_inputs(num_images: int) -> tuple[torch.Tensor, torch.Tensor, torch.T
 def test_values_of_the_specification(num_images: int, weighted: bool, temperature: float, expected: float) -> None:
     features, label, weight = formula_inputs(num_images)
     weight = weight if weighted else torch.ones_like(weight)
-    value = contrast(*to_rows(features, label, weight, size=65), temperature)
+    value = tiled_contrast(*to_rows(features, label, weight, size=65), temperature)
     assert value.item() == pytest.approx(expected, abs=6e-9)
 
     section = settings.PixelContrast(temperature=temperature)
-    view = View("mixed", torch.zeros(num_images, 3, 3, 5), label, weight.float())
+    view = View("mixed", torch.zeros(num_images, 3, 3, 5), label, weight.float(), weight.float())
     output = Output(torch.zeros(num_images, 1, 3, 5), features.float(), (), view.image)
-    assert PixelContrast(section, frozenset({"mixed"}))(output, view).item() == pytest.approx(expected, rel=1e-5)
+    assert PixelContrast(section, ("mixed",))(Seen(output, view)).item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_values_of_the_specification(num_images: int, weighted: bool, temperatur
 def test_values_of_the_specification_with_ignored_pixels_as_one_more_class(num_images, weighted, expected) -> None:
     features, label, weight = formula_inputs(num_images)
     weight = weight if weighted else torch.ones_like(weight)
-    value = contrast(*to_rows(features, label.where(label != 255, 100), weight, size=65), temperature=1.0)
+    value = tiled_contrast(*to_rows(features, label.where(label != 255, 100), weight, size=65), temperature=1.0)
     assert value.item() == pytest.approx(expected, abs=6e-9)
 
 
@@ -101,12 +101,13 @@ def test_resizing_of_the_reference(golden) -> None:
 
 def test_similar_features_of_a_class_cost_less() -> None:
     label = torch.tensor([[[0, 0, 1, 1]]])
-    view = View("source", torch.zeros(1, 3, 1, 4), label, torch.ones(1, 1, 4))
-    objective = PixelContrast(settings.PixelContrast(), frozenset({"source"}))
+    view = View("source", torch.zeros(1, 3, 1, 4), label, *torch.ones(2, 1, 1, 4))
+    objective = PixelContrast(settings.PixelContrast(), ("source",))
     together = torch.tensor([[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]]).view(1, 2, 1, 4)
     apart = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0]]).view(1, 2, 1, 4)
     good, bad = (
-        objective(Output(torch.zeros(1, 1, 1, 4), features, (), view.image), view) for features in (together, apart)
+        objective(Seen(Output(torch.zeros(1, 1, 1, 4), features, (), view.image), view))
+        for features in (together, apart)
     )
     assert good < bad
 
@@ -127,23 +128,23 @@ def two_resolutions() -> tuple[PixelContrast, Output, View]:
     )
     label = torch.randint(4, (2, 8, 8), generator=generator).repeat_interleave(8, 1).repeat_interleave(8, 2)
     label[label == 3] = 255
-    view = View("mixed", torch.zeros(2, 3, 64, 64), label, torch.rand(2, 64, 64, generator=generator))
+    view = View("mixed", torch.zeros(2, 3, 64, 64), label, *torch.rand(2, 2, 64, 64, generator=generator))
     logits = torch.zeros(2, 3, 16, 16)
     output = Output(logits, context, encoder, torch.zeros(2, 3, 32, 32), Detail(BOXES, logits[..., :8, :8], detail))
     torch.manual_seed(0)
-    return PixelContrast(SECTION, frozenset({"mixed"}), CHANNELS), output, view
+    return PixelContrast(SECTION, ("mixed",), CHANNELS), output, view
 
 
 def half_of_one_resolution(output: Output, view: View) -> torch.Tensor:
     """The contrast of the context alone, at the resolution of the detail."""
     fine = torch.nn.functional.interpolate(output.features, (16, 16), mode="bilinear", align_corners=True)
-    return contrast(*to_rows(fine, view.label, view.weight, SECTION.size), SECTION.temperature) / 2
+    return tiled_contrast(*to_rows(fine, view.label, view.weight, SECTION.size), SECTION.temperature) / 2
 
 
 def test_everything_that_takes_part_learns() -> None:
     objective, output, view = two_resolutions()
     encoder = [maps.requires_grad_() for maps in output.encoder]
-    objective(output, view).backward()
+    objective(Seen(output, view)).backward()
     learns = {"features": output.features, "detail": output.detail.features, **dict(objective.named_parameters())}
     learns |= {f"encoder {i}": maps for i, maps in enumerate(encoder)}
     assert "weighter.conv_seg.weight" in learns
@@ -157,16 +158,16 @@ def test_without_weight_on_detail_the_context_remains(bias: float, matters: bool
     objective, output, view = two_resolutions()
     torch.nn.init.zeros_(objective.weighter.conv_seg.weight)
     torch.nn.init.constant_(objective.weighter.conv_seg.bias, bias)
-    difference = objective(output, view) - half_of_one_resolution(output, view)
+    difference = objective(Seen(output, view)) - half_of_one_resolution(output, view)
     assert (difference.abs() > 1e-4) == matters
 
 
 def test_a_forward_without_detail_is_contrasted_as_one_resolution() -> None:
     objective, output, view = two_resolutions()
-    single = PixelContrast(SECTION, frozenset({"mixed"}))
+    single = PixelContrast(SECTION, ("mixed",))
     assert not single.state_dict()
     alone = replace(output, detail=None)
-    assert objective(alone, view) == single(alone, view) == single(output, view)
+    assert objective(Seen(alone, view)) == single(Seen(alone, view)) == single(Seen(output, view))
 
 
 def test_images_keep_their_own_boxes_and_their_order_does_not_matter() -> None:
@@ -176,10 +177,10 @@ def test_images_keep_their_own_boxes_and_their_order_does_not_matter() -> None:
     detail = Detail(Boxes(BOXES.corner[flip], BOXES.size), output.detail.logits, output.detail.features[flip])
     flipped = Output(output.logits, output.features[flip], tuple(maps[flip] for maps in output.encoder), output.image)
     flipped_view = replace(view, label=view.label[flip], weight=view.weight[flip])
-    expected = objective(output, view)
-    torch.testing.assert_close(objective(replace(flipped, detail=detail), flipped_view), expected)
+    expected = objective(Seen(output, view))
+    torch.testing.assert_close(objective(Seen(replace(flipped, detail=detail), flipped_view)), expected)
     wrong = replace(detail, boxes=BOXES)
-    assert (objective(replace(flipped, detail=wrong), flipped_view) - expected).abs() > 1e-4
+    assert (objective(Seen(replace(flipped, detail=wrong), flipped_view)) - expected).abs() > 1e-4
 
 
 def test_learned_weights_outside_the_box_have_no_influence() -> None:
@@ -230,10 +231,10 @@ def test_a_row_is_inside_if_all_cells_it_comes_from_are(side: int, size: int) ->
 
 def test_state_survives_a_round_trip() -> None:
     objective, output, view = two_resolutions()
-    objective(output, view)  # moves the statistics of the batch norm
-    other = PixelContrast(SECTION, objective.views, CHANNELS)
+    objective(Seen(output, view))  # moves the statistics of the batch norm
+    other = PixelContrast(SECTION, ("mixed",), CHANNELS)
     other.load_state_dict(objective.state_dict())
-    assert other.eval()(output, view) == objective.eval()(output, view)
+    assert other.eval()(Seen(output, view)) == objective.eval()(Seen(output, view))
 
 
 def test_computed_in_float32_under_autocast() -> None:
@@ -247,8 +248,8 @@ def test_computed_in_float32_under_autocast() -> None:
         half, features=half.features.float(), encoder=tuple(maps.float() for maps in half.encoder),
         detail=replace(half.detail, features=half.detail.features.float()),
     )  # fmt: skip
-    expected = objective(full, view)
+    expected = objective(Seen(full, view))
     with torch.autocast("cpu", torch.bfloat16):
-        actual = objective(half, view)
+        actual = objective(Seen(half, view))
     assert actual.dtype == torch.float32
     assert actual == expected

@@ -26,7 +26,7 @@ TINY = 1e-12
 """Norm below which a feature has no direction: it is similar to none and gets no gradient."""
 
 
-def contrast(
+def tiled_contrast(
     features: Tensor,
     label: Tensor,
     weight: Tensor,
@@ -34,17 +34,10 @@ def contrast(
     tile: int = 0,
     masked: bool | None = None,
 ) -> Tensor:
-    """Contrast every labelled pixel with all others: towards its class, away from every other class.
+    """What `pixel_contrast.contrast` defines, in tiles: no tensor has N x N numbers.
 
-    `features` N D of any length (their direction counts), `label` N train ids, 255 = ignored, `weight` N. With s_ij the
-    cosine similarity divided by `temperature`, P_i the other pixels of the class of i, L_i the log-sum-exp of s_ik over
-    the pixels k of other classes, and n the number of labelled pixels, the value is
-
-        1/n sum_i 1/max(1, |P_i|) sum_{j in P_i} w_i w_j softplus(L_i - s_ij),
-
-    which is CLUDA's pixel-to-pixel contrast without the ignored pixels. Its form is that of ContrastiveSeg (Wang et
-    al., ICCV 2021): a positive competes with all negatives but not with other positives. A scalar, exactly 0 without a
-    pair of positives or without negatives.
+    `features` N D, `label` N train ids, 255 = ignored, `weight` N. A scalar, exactly 0 without a pair of positives or
+    without negatives.
 
     float32 or float64; `temperature` at least 0.02, below which exponentials leave the range of float32. The result
     repeats exactly on a CPU. It depends by rounding only on `tile`, the side of a tile, and on `masked`: whether pairs
@@ -73,10 +66,10 @@ def multires_contrast(
     """Contrast pixels as seen in their context and, within a detail crop, context with detail, in learned shares.
 
     `features` of the context N D, `detail` N D those of the crop, `inside` N boolean the pixels that lie in it, `mix` N
-    in 0..1 how much detail counts there; the others as in `contrast`. With s_ij the cosine similarity of context i and
-    context j divided by `temperature`, t_ij that of context i and detail j, L_i as there, M_i the log-sum-exp of t_ik
-    over the pixels k of other classes inside the crop, and W_ij = mix_i mix_j where both pixels lie inside, else 0,
-    the value is
+    in 0..1 how much detail counts there; the others as in `tiled_contrast`. With s_ij the cosine similarity of context
+    i and context j divided by `temperature`, t_ij that of context i and detail j, L_i as there, M_i the log-sum-exp of
+    t_ik over the pixels k of other classes inside the crop, and W_ij = mix_i mix_j where both pixels lie inside, else
+    0, the value is
 
         1/2n sum_i 1/max(1, |P_i|) sum_{j in P_i} w_i w_j ((1 - W_ij) softplus(L_i - s_ij) + W_ij softplus(M_i - t_ij)).
 
@@ -84,7 +77,7 @@ def multires_contrast(
     way round: a mix of 1 trusts detail, as in HRDA's attention, and outside the crop the contrast of contexts remains.
     The released code gates by class instead (class 0 counts as outside), weighs contexts by W and detail by 1 - W, and
     compares with zero vectors outside the crop. Rows of `detail` outside may hold anything. Features, detail and mix
-    receive gradients; range, exactness and the rest are as in `contrast`.
+    receive gradients; range, exactness and the rest are as in `tiled_contrast`.
     """
     differentiate = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (features, detail, mix))
     inputs = (features, detail, inside, mix, label, weight)

@@ -1,4 +1,4 @@
-"""The tiled contrast equals its plain form, in value and gradient, whatever the labels and the tiles."""
+"""The tiled contrast equals its definition, in value and gradient, whatever the labels and the tiles."""
 
 import json
 
@@ -9,26 +9,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cluda_cli.objectives.contrast import tiles as contrast_tiles
-from cluda_cli.objectives.contrast.kernel import contrast
+from cluda_cli.objectives.contrast.kernel import tiled_contrast
 from cluda_cli.objectives.contrast.pairs import Masked, Sorted
+from cluda_cli.objectives.pixel_contrast import contrast
 
 REFERENCE = [
     "c01_basic", "c02_fdist", "c03_pseudo_weight", "c04_fdist_pseudo_weight", "c05_single_pixel_class",
     "c06_one_class_only", "c07_all_distinct", "c08_all_ignore", "c09_batch1", "c10_temperature",
 ]  # fmt: skip
-
-
-def plain(features: Tensor, label: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """The same mathematics with N x N matrices and autograd."""
-    valid = label != 255
-    unit, label, weight = F.normalize(features[valid], dim=1), label[valid], weight[valid]
-    similarity = unit @ unit.T / temperature
-    same = label[:, None] == label
-    positive = same & ~torch.eye(len(label), dtype=torch.bool)
-    negatives = torch.where(same, 0, similarity.exp()).sum(dim=1, keepdim=True)
-    log_p = similarity - torch.log(similarity.exp() + negatives)
-    per_anchor = (log_p * positive * weight[:, None] * weight).sum(dim=1) / positive.sum(dim=1).clamp_min(1)
-    return -per_anchor.mean()
 
 
 def value_and_gradient(form, features, label, weight, temperature, *options):
@@ -70,8 +58,8 @@ BOTH_CHOICES = pytest.mark.parametrize("masked", [False, True], ids=["sorted", "
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 10.0])
 @pytest.mark.parametrize("name", LABELS)
 def test_equals_the_plain_form(name: str, temperature: float, masked: bool) -> None:
-    expected = value_and_gradient(plain, *problem(LABELS[name]), temperature)
-    actual = value_and_gradient(contrast, *problem(LABELS[name]), temperature, 0, masked)
+    expected = value_and_gradient(contrast, *problem(LABELS[name]), temperature)
+    actual = value_and_gradient(tiled_contrast, *problem(LABELS[name]), temperature, 0, masked)
     torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-12)
 
 
@@ -79,8 +67,8 @@ def test_equals_the_plain_form(name: str, temperature: float, masked: bool) -> N
 @pytest.mark.parametrize("tile", [1, 7, 64, 149, 1000])
 def test_tiles_do_not_matter(tile: int, masked: bool) -> None:
     inputs = problem(uneven(150 if tile > 1 else 40, [4, 0, 255, 11, 18]))
-    expected = value_and_gradient(contrast, *inputs, 0.3)
-    actual = value_and_gradient(contrast, *inputs, 0.3, tile, masked)
+    expected = value_and_gradient(tiled_contrast, *inputs, 0.3)
+    actual = value_and_gradient(tiled_contrast, *inputs, 0.3, tile, masked)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-14)
 
 
@@ -90,9 +78,9 @@ def test_the_budget_of_kept_exponentials_does_not_matter(
     budget: int, masked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = problem(uneven(150, [4, 0, 255, 11, 18]))
-    expected = value_and_gradient(contrast, *inputs, 0.3, 32)
+    expected = value_and_gradient(tiled_contrast, *inputs, 0.3, 32)
     monkeypatch.setattr(contrast_tiles, "KEPT", budget)
-    actual = value_and_gradient(contrast, *inputs, 0.3, 32, masked)
+    actual = value_and_gradient(tiled_contrast, *inputs, 0.3, 32, masked)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-14)
 
 
@@ -103,26 +91,26 @@ def test_the_budget_of_kept_exponentials_does_not_matter(
 )
 @BOTH_CHOICES
 def test_nothing_to_contrast_is_exactly_zero_and_connected(label: list[int], masked: bool) -> None:
-    value, gradient = value_and_gradient(contrast, *problem(label), 1.0, 0, masked)
+    value, gradient = value_and_gradient(tiled_contrast, *problem(label), 1.0, 0, masked)
     assert value == 0
     assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
 def test_gradient_agrees_with_finite_differences() -> None:
     features, label, weight = problem([0, 1, 1, 255, 2, 0, 1, 2, 2, 5])
-    torch.autograd.gradcheck(lambda f: contrast(f, label, weight, 0.5, 4), features.requires_grad_())
+    torch.autograd.gradcheck(lambda f: tiled_contrast(f, label, weight, 0.5, 4), features.requires_grad_())
 
 
 def test_gradient_scales_with_what_comes_after() -> None:
     inputs = problem(LABELS["uneven"])
-    _, once = value_and_gradient(contrast, *inputs, 1.0)
-    _, thrice = value_and_gradient(lambda *a: 3 * contrast(*a), *inputs, 1.0)
+    _, once = value_and_gradient(tiled_contrast, *inputs, 1.0)
+    _, thrice = value_and_gradient(lambda *a: 3 * tiled_contrast(*a), *inputs, 1.0)
     torch.testing.assert_close(thrice, 3 * once)
 
 
 def test_cannot_be_differentiated_twice() -> None:
     features, label, weight = problem([0, 1, 0, 1])
-    value = contrast(features.requires_grad_(), label, weight, 1.0)
+    value = tiled_contrast(features.requires_grad_(), label, weight, 1.0)
     (gradient,) = torch.autograd.grad(value**2, features, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -130,9 +118,9 @@ def test_cannot_be_differentiated_twice() -> None:
 
 def test_the_value_alone_is_the_same() -> None:
     features, label, weight = problem(LABELS["uneven"])
-    alone = contrast(features, label, weight, 1.0)
+    alone = tiled_contrast(features, label, weight, 1.0)
     assert not alone.requires_grad
-    torch.testing.assert_close(alone, value_and_gradient(contrast, features, label, weight, 1.0)[0])
+    torch.testing.assert_close(alone, value_and_gradient(tiled_contrast, features, label, weight, 1.0)[0])
 
 
 @BOTH_CHOICES
@@ -147,7 +135,7 @@ def test_float32_holds_at_every_temperature(arrangement: str, temperature: float
         features = sign[:, None] * axis + 0.01 * features
     features, weight = features.float().double(), weight.float().double()
     expected = value_and_gradient(plain_in_logarithms, features, label, weight, temperature)
-    actual = value_and_gradient(contrast, features.float(), label, weight.float(), temperature, 0, masked)
+    actual = value_and_gradient(tiled_contrast, features.float(), label, weight.float(), temperature, 0, masked)
     assert actual[0].dtype == actual[1].dtype == torch.float32
     torch.testing.assert_close(actual[0].double(), expected[0], rtol=1e-5, atol=1e-12)
     error = (actual[1] - expected[1]).abs().max()
@@ -169,8 +157,8 @@ def test_a_feature_of_length_zero_gets_no_gradient() -> None:
     """Dead pixels after a ReLU have no direction; dividing by their length would make their gradient enormous."""
     features, label, weight = problem([0, 1, 0, 1, 1])
     features[2] = 0
-    value, gradient = value_and_gradient(contrast, features, label, weight, 1.0)
-    torch.testing.assert_close(value, plain(features, label, weight, 1.0))
+    value, gradient = value_and_gradient(tiled_contrast, features, label, weight, 1.0)
+    torch.testing.assert_close(value, contrast(features, label, weight, 1.0))
     assert torch.equal(gradient[2], torch.zeros(6, dtype=torch.float64))
     assert gradient[[0, 1, 3, 4]].abs().min() > 0
 
@@ -180,8 +168,8 @@ def test_a_feature_of_length_zero_gets_no_gradient() -> None:
 def test_ignored_pixels_neither_act_nor_learn(filling: float, masked: bool) -> None:
     features, label, weight = problem(LABELS["uneven"])
     changed = torch.where(label[:, None] == 255, filling, features)
-    first = value_and_gradient(contrast, features, label, weight, 1.0, 0, masked)
-    second = value_and_gradient(contrast, changed, label, weight, 1.0, 0, masked)
+    first = value_and_gradient(tiled_contrast, features, label, weight, 1.0, 0, masked)
+    second = value_and_gradient(tiled_contrast, changed, label, weight, 1.0, 0, masked)
     assert first[0] == second[0]
     assert torch.equal(first[1], second[1])
     assert torch.equal(first[1][label == 255], torch.zeros(int((label == 255).sum()), 6, dtype=torch.float64))
@@ -191,22 +179,22 @@ def test_ignored_pixels_neither_act_nor_learn(filling: float, masked: bool) -> N
 def test_a_feature_that_is_no_number_shows(masked: bool) -> None:
     features, label, weight = problem([0, 1, 0, 1, 1])
     features[2, 0] = torch.nan
-    assert value_and_gradient(contrast, features, label, weight, 1.0, 0, masked)[0].isnan()
+    assert value_and_gradient(tiled_contrast, features, label, weight, 1.0, 0, masked)[0].isnan()
 
 
 def test_off_the_cpu_nothing_is_read_back() -> None:
     """Tensors on this device have no values, so that reading one (and, on a GPU, waiting for it) raises."""
     inputs = [tensor.to("meta") for tensor in problem(LABELS["uneven"])]
-    value, gradient = value_and_gradient(contrast, *inputs, 1.0)
+    value, gradient = value_and_gradient(tiled_contrast, *inputs, 1.0)
     assert value.device.type == "meta" and gradient.shape == inputs[0].shape
     with pytest.raises((RuntimeError, NotImplementedError)):
-        contrast(*inputs, 1.0, masked=False)
+        tiled_contrast(*inputs, 1.0, masked=False)
 
 
 def test_repeats_exactly() -> None:
     features, label, weight = problem(uneven(3000, [5, 2, 8, 255, 1]), channels=16)
     inputs = features.float(), label, weight.float()
-    first, second = (value_and_gradient(contrast, *inputs, 0.1) for _ in range(2))
+    first, second = (value_and_gradient(tiled_contrast, *inputs, 0.1) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
 
@@ -226,7 +214,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("form", "quadratic"),
-    [(plain, True), (lambda *a: contrast(*a, 64), False), (lambda *a: contrast(*a, 64, True), False)],
+    [(contrast, True), (lambda *a: tiled_contrast(*a, 64), False), (lambda *a: tiled_contrast(*a, 64, True), False)],
     ids=["plain", "sorted", "masked"],
 )
 def test_no_tensor_is_quadratic_in_pixels(form, quadratic: bool) -> None:
@@ -257,7 +245,7 @@ def test_reference_vectors(name: str, dtype: torch.dtype, golden) -> None:
     label = tensors["in.labels"].flatten()
     weight = tensors.get("in.pseudo_weight", torch.ones(label.shape)).flatten().to(dtype)
     ordinary = label.masked_fill(label == 255, 100)
-    value = contrast(features.permute(0, 2, 3, 1).flatten(0, 2), ordinary, weight, 1.0)
+    value = tiled_contrast(features.permute(0, 2, 3, 1).flatten(0, 2), ordinary, weight, 1.0)
     value = value * settings["temperature"] / settings["base_temperature"]
     value.backward()
     bits = "float64_max_abs" if dtype == torch.float64 else "float32_max_abs"
@@ -271,6 +259,6 @@ def test_reference_vectors(name: str, dtype: torch.dtype, golden) -> None:
 @pytest.mark.parametrize("tile", [0, 100])
 def test_a_gpu_agrees(tile: int) -> None:
     features, label, weight = problem(uneven(3000, [5, 2, 8, 255, 1]), channels=16)
-    expected = value_and_gradient(contrast, features, label, weight, 0.1)
-    actual = value_and_gradient(contrast, features.cuda(), label.cuda(), weight.cuda(), 0.1, tile)
+    expected = value_and_gradient(tiled_contrast, features, label, weight, 0.1)
+    actual = value_and_gradient(tiled_contrast, features.cuda(), label.cuda(), weight.cuda(), 0.1, tile)
     torch.testing.assert_close([t.cpu() for t in actual], list(expected), rtol=1e-8, atol=1e-12)

@@ -1,0 +1,43 @@
+"""Start a run from the weights of another one (`model.start`)."""
+
+from pathlib import Path
+
+import torch
+
+from cluda_cli.data.labels import ClassTable
+from cluda_cli.errors import SettingsError
+from cluda_cli.inference.weights_file import load_weights
+from cluda_cli.models.segmenter import Segmenter
+
+WHERE = "model.start"
+
+
+def start_from(path: Path, network: Segmenter, classes: ClassTable) -> str:
+    """Copy the whole network of a weights file into `network`, classifier rows by class name; one line that says so.
+
+    Classes that the file does not know keep their initial rows. Raises DataError for a file that cannot be read,
+    SettingsError if it holds another network or no class of this one.
+    """
+    deployed = load_weights(path, torch.device("cpu"))
+    found, own = deployed.network.state_dict(), network.state_dict()
+    rows = {i: deployed.classes.names.index(n) for i, n in enumerate(classes.names) if n in deployed.classes.names}
+    if not rows:
+        raise SettingsError(f"knows none of the classes {', '.join(classes.names)}", path)
+    by_class = tuple(f"{name}." for name in network.classifiers())
+    if names := sorted(found.keys() ^ own.keys()):
+        raise SettingsError(f"holds another network: {names[0]} is in one of the two only", WHERE, _remedy(path))
+    for name, tensor in own.items():
+        other = found[name]
+        if name.startswith(by_class) and other.shape[1:] == tensor.shape[1:]:
+            tensor[list(rows)] = other[list(rows.values())].to(tensor.device)
+        elif other.shape == tensor.shape:
+            tensor.copy_(other)
+        else:
+            sizes = " and ".join(" x ".join(map(str, shape)) for shape in (other.shape, tensor.shape))
+            raise SettingsError(f"holds another network: {name} is {sizes}", WHERE, _remedy(path))
+    new = [name for name in classes.names if name not in deployed.classes.names]
+    return f"starts from {path}" + (f"; new classes: {', '.join(new)}" if new else "")
+
+
+def _remedy(path: Path) -> str:
+    return f"give the model settings of the run that wrote {path}"

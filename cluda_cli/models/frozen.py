@@ -1,0 +1,32 @@
+"""A helper network that never learns, such as the pretrained encoder of the feature distance."""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+
+class Frozen(nn.Module):
+    """A network in evaluation mode that is neither parameter nor state of the module that holds it.
+
+    It moves between devices and precisions with that module, computes without gradients, and appears in no state dict,
+    no optimizer and no checkpoint. Whoever builds it can build it again from its file.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self._hidden = (network.requires_grad_(False).eval(),)  # torch does not register what a tuple holds
+
+    @property
+    def network(self) -> nn.Module:
+        return self._hidden[0]
+
+    @torch.no_grad()
+    def forward(self, *inputs: Any) -> Any:
+        return self.network(*inputs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # .to(), .cuda() and .float() call this on every module that torch knows of; the hidden one has to be told.
+        self.network._apply(fn, recurse)
+        return super()._apply(fn, recurse)

@@ -70,7 +70,7 @@ def workplace(tmp_path, monkeypatch):
             image = data / f"cityscapes/leftImg8bit/{stem}_leftImg8bit.png"
             write_pair(image, data / f"cityscapes/gtFine/{stem}_gtFine_labelIds.png", i, ids)
     (own / "train.txt").write_text("0\n1\n2\n")
-    page = (REPOSITORY / "docs" / "own-data.md").read_text(encoding="utf-8")
+    page = (REPOSITORY / "docs" / "how-to" / "prepare-data.md").read_text(encoding="utf-8")
     Path("mycity.toml").write_text(re.search(r"^```toml\n(.*?)^```", page, re.DOTALL | re.MULTILINE).group(1))
     make_demo(data / "demo", counts={"render": {"train": 4, "val": 1}, "camera": {"train": 4, "val": 2}})
     # The pages show the full-size demo; here a smaller one lies in its place and is left as it is.
@@ -122,8 +122,8 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_worked_example_of_an_objective_is_sound():
-    """The code of docs/adding-an-objective.md: finite, connected, blind to ignored pixels, 0 without any labelled."""
-    page = (REPOSITORY / "docs" / "adding-an-objective.md").read_text(encoding="utf-8")
+    """The code of adding-an-objective.md: finite, connected, blind to ignored pixels, 0 without any labelled."""
+    page = (REPOSITORY / "docs" / "how-to" / "adding-an-objective.md").read_text(encoding="utf-8")
     code = next(
         block for block in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE) if "forward" in block
     )

@@ -1,6 +1,6 @@
 """Every knob of cluda: typed, documented, frozen. Imports no torch, so `cluda --help` stays instant.
 
-The string under a field is its documentation, its JSON-schema description and its entry in docs/settings.md.
+The string under a field is its documentation, its JSON-schema description and its entry in docs/reference/settings.md.
 Defaults are the values of the papers (CLUDA on DAFormer, GTA5 -> Cityscapes), so presets only name what differs.
 """
 
@@ -366,7 +366,7 @@ class Settings(Section):
 
 
 def reference_markdown() -> str:
-    """The contents of docs/settings.md: every setting with its type, default and documentation."""
+    """The contents of docs/reference/settings.md: every setting with its type, default and documentation."""
     lines = ["# Settings", "", "Generated from `cluda_cli/settings.py`; a test keeps the two equal.", ""]
     lines += ["Set one with `--set section.key=value`, or in a TOML preset given with `--preset FILE`.", ""]
     for name, field in Settings.model_fields.items():

@@ -1,5 +1,6 @@
 """Every command that the README and the pages show is run, in their order, on tiny data."""
 
+import itertools
 import math
 import re
 import shlex
@@ -21,10 +22,12 @@ from cluda_cli.cli import app
 from cluda_cli.data.labels import CITYSCAPES, IGNORE
 from cluda_cli.demo.dataset import make_demo
 from cluda_cli.models.segmenter import Output
+from cluda_cli.preparation.published import PUBLISHED
 
 REPOSITORY = Path(__file__).parent.parent
-ALL_PAGES = ["README.md", *sorted(str(p.relative_to(REPOSITORY)) for p in REPOSITORY.glob("docs/**/*.md"))]
-PAGES = ["README.md", "docs/training.md", "docs/own-data.md", "docs/evaluation.md", "docs/results.md"]
+DOCS = REPOSITORY / "docs"
+# The README comes first: later pages use the datasets and runs that its commands make.
+PAGES = ["README.md", *sorted(p.relative_to(REPOSITORY).as_posix() for p in REPOSITORY.glob("docs/**/*.md"))]
 # Laid over every shown `train` and `bench`, so that it takes seconds; the method stays the one that is shown.
 TINY = [
     *("data.crop=[48,64]", "data.source_box=[48,80]", "data.target_box=[48,80]", "data.workers=0"),
@@ -38,6 +41,17 @@ def shown_commands(page: str) -> list[str]:
     """Lines of fenced blocks without a language that begin with `cluda`; continued in the order of the page."""
     blocks = re.findall(r"^```\n(.*?)^```", (REPOSITORY / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     return [line for block in blocks for line in block.splitlines() if line.startswith("cluda ")]
+
+
+def table(page: str, heading: str) -> list[list[str]]:
+    """The cells, without backticks, of a table of a page in docs/ whose first line begins with `heading`."""
+    lines = (DOCS / page).read_text(encoding="utf-8").partition(heading)[2].splitlines()[2:]
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines)
+    return [[cell.strip(" `") for cell in row.strip("|").split("|")] for row in rows]
+
+
+def first_cells(page: str, heading: str) -> set[str]:
+    return {cells[0] for cells in table(page, heading)}
 
 
 def write_pair(image: Path, label: Path, seed: int, label_ids: list[int]) -> None:
@@ -70,7 +84,7 @@ def workplace(tmp_path, monkeypatch):
             image = data / f"cityscapes/leftImg8bit/{stem}_leftImg8bit.png"
             write_pair(image, data / f"cityscapes/gtFine/{stem}_gtFine_labelIds.png", i, ids)
     (own / "train.txt").write_text("0\n1\n2\n")
-    page = (REPOSITORY / "docs" / "own-data.md").read_text(encoding="utf-8")
+    page = (DOCS / "how-to" / "prepare-data.md").read_text(encoding="utf-8")
     Path("mycity.toml").write_text(re.search(r"^```toml\n(.*?)^```", page, re.DOTALL | re.MULTILINE).group(1))
     make_demo(data / "demo", counts={"render": {"train": 4, "val": 1}, "camera": {"train": 4, "val": 2}})
     # The pages show the full-size demo; here a smaller one lies in its place and is left as it is.
@@ -112,18 +126,57 @@ def test_every_preset_is_in_the_readme():
     assert all(f"| `{name}` |" in readme for name in presets.names())
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", *sorted(str(p.relative_to(REPOSITORY)) for p in REPOSITORY.glob("docs/**/*.md"))]
-)
+def links(page: Path) -> list[str]:
+    """Targets of the links of a page, with their anchors."""
+    return re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     path = REPOSITORY / page
-    for link in re.findall(r"\]\(([^)#]+)", path.read_text(encoding="utf-8")):
-        assert link.startswith("https://") or (path.parent / link).exists(), link
+    for link in links(path):
+        if not link.startswith("https://"):
+            name, _, anchor = link.partition("#")
+            target = path.parent / name if name else path
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_is_in_an_index():
+    indexes = [DOCS / "index.md", DOCS / "decisions" / "README.md"]
+    listed = {(index.parent / link).resolve() for index in indexes for link in links(index)}
+    assert {path.resolve() for path in DOCS.glob("**/*.md")} == listed | {indexes[0].resolve()}
+
+
+def test_every_command_is_in_the_reference():
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands}
+    assert commands == first_cells("reference/command-line.md", "| command |")
+
+
+def test_every_dataset_is_in_the_page_on_data():
+    assert {dataset.name for dataset in PUBLISHED} | {"demo"} == first_cells("how-to/prepare-data.md", "| name |")
+
+
+def test_the_table_of_methods_is_true():
+    rows = table("reference/presets.md", "| method |")
+    methods = [name for name in presets.names() if not presets.header(name)[0].startswith("Overlay")]
+    assert sorted(cells[0] for cells in rows) == methods
+    for name, *cells in rows:
+        s = presets.load([name])
+        parts = [s.data.rare_class, s.objectives.mixed, s.objectives.masked, s.objectives.feature_distance]
+        parts += [s.objectives.pixel_contrast, s.model.multires]
+        assert cells == [s.model.encoder, str(s.data.crop[0]), *("on" if part else "-" for part in parts)], name
 
 
 def test_the_worked_example_of_an_objective_is_sound():
-    """The code of docs/adding-an-objective.md: finite, connected, blind to ignored pixels, 0 without any labelled."""
-    page = (REPOSITORY / "docs" / "adding-an-objective.md").read_text(encoding="utf-8")
+    """The code of adding-an-objective.md: finite, connected, blind to ignored pixels, 0 without any labelled."""
+    page = (DOCS / "how-to" / "adding-an-objective.md").read_text(encoding="utf-8")
     code = next(
         block for block in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE) if "forward" in block
     )

@@ -28,9 +28,9 @@ def test_every_preset_validates_and_round_trips(name, tmp_path):
 def test_every_preset_says_what_it_is(name):
     lines = presets.header(name)
     assert lines[0].endswith(".")
-    text = " ".join(lines)
-    assert "Command: cluda train" in text
-    assert "Expected:" in text
+    labels = [line.partition(":")[0] for line in lines if line.startswith(("Paper:", "Command:", "Cost:", "Expected:"))]
+    assert labels == ["Paper", "Command", "Cost", "Expected"]
+    assert any(line.startswith("Command: cluda train --preset") for line in lines)
 
 
 def test_every_preset_is_a_method_or_an_overlay():

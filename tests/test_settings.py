@@ -10,7 +10,7 @@ from cluda_cli.data.transforms import fit_box
 from cluda_cli.errors import SettingsError
 
 SECTIONS = [m for m in vars(settings).values() if isinstance(m, type) and issubclass(m, settings.Section)]
-PAGE = Path(__file__).parent.parent / "docs" / "settings.md"
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "settings.md"
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
@@ -24,7 +24,7 @@ def test_every_value_is_documented(section):
 
 def test_the_page_is_the_generated_one():
     assert PAGE.read_text(encoding="utf-8") == settings.reference_markdown(), (
-        "write it anew with: python -m cluda_cli.settings > docs/settings.md"
+        "write it anew with: python -m cluda_cli.settings > docs/reference/settings.md"
     )
 
 

@@ -151,7 +151,7 @@ def _warm_up(run: Run, stream: Generator[Batch, None, None], progress: console.P
     raise EnvironmentProblem(
         f"{len(batch['source'].image)} source and target images do not fit {run.device}",
         "data.batch_size",
-        f"{remedy}; docs/training.md says what else lowers memory",
+        f"{remedy}; docs/how-to/memory-and-speed.md says what else lowers memory",
     )
 
 

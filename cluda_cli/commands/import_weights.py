@@ -15,7 +15,7 @@ from cluda_cli.data.index import find, seen_classes
 from cluda_cli.data.labels import PROTOCOLS, ClassTable
 from cluda_cli.errors import DataError, SettingsError
 from cluda_cli.files import sha256
-from cluda_cli.inference.weights_file import save_weights
+from cluda_cli.inference.weights_file import NetworkDescription, save_weights
 from cluda_cli.models.encoders import COUNTER
 from cluda_cli.models.multires import build_segmenter
 from cluda_cli.models.published import encoders as weights
@@ -63,7 +63,8 @@ def import_weights(
         raise DataError(what, path, "set data.source to a prepared dataset with its classes, in its order")
     model = build_segmenter(settings.model, settings.data.crop, len(classes))
     _load(model, published, settings.model, path)
-    save_weights(out, model.state_dict(), settings, classes, seen, network, step=0)
+    description = NetworkDescription(settings=settings, classes=classes, seen=seen, network_name=network, step=0)
+    save_weights(out, model.state_dict(), description)
     described = {
         "weights": str(out),
         "origin": str(path),

@@ -20,8 +20,9 @@ from cluda_cli.commands.train import train
 from cluda_cli.data.index import find
 from cluda_cli.data.labels import ClassTable
 from cluda_cli.engine.folder import RunFolder
+from cluda_cli.engine.state_file import load_state
 from cluda_cli.errors import DataError, Interrupted, RunError, SettingsError
-from cluda_cli.inference.weights_file import load_state, load_weights
+from cluda_cli.inference.weights_file import load_weights
 
 CPU = torch.device("cpu")
 
@@ -143,7 +144,7 @@ def test_a_request_during_validation_stops_there_and_resume_validates_again(tiny
     train(tiny_settings, tmp_path / "whole")
     honest = verb.score
     with monkeypatch.context() as patch:
-        patch.setattr(verb, "score", lambda *args: os.kill(os.getpid(), signal.SIGINT) or honest(*args))
+        patch.setattr(verb, "score", lambda *args, **named: os.kill(os.getpid(), signal.SIGINT) or honest(*args, **named))
         with pytest.raises(Interrupted, match="stopped after step 4"):
             train(tiny_settings, tmp_path / "parts")
     train(tiny_settings, tmp_path / "parts", resume=True)
@@ -237,7 +238,7 @@ def test_a_request_while_best_weights_are_written_loses_nothing(tiny_settings, t
 
 def test_a_request_is_answered_before_a_validation_that_is_due(tiny_settings, tmp_path, stop_after, monkeypatch):
     stop_after(4)
-    monkeypatch.setattr(verb, "score", lambda *_: pytest.fail("validated after the request"))
+    monkeypatch.setattr(verb, "score", lambda *_, **__: pytest.fail("validated after the request"))
     with pytest.raises(Interrupted, match="stopped after step 4, state saved"):
         train(tiny_settings, tmp_path / "x")
 

@@ -1,8 +1,4 @@
-"""Weights and state files: whole or not at all, never unpickled, self-sufficient."""
-
-import os
-import pickle
-import resource
+"""Weights files: complete or absent, self-sufficient, and never executed."""
 
 import pytest
 import torch
@@ -10,21 +6,21 @@ from safetensors.torch import save_file
 
 from cluda_cli.data.labels import CITYSCAPES, ClassTable
 from cluda_cli.errors import DataError, EnvironmentProblem
-from cluda_cli.files import atomic
-from cluda_cli.inference.weights_file import load_state, load_weights, save_state, save_weights
+from cluda_cli.inference.weights_file import NetworkDescription, load_weights, save_weights
 from cluda_cli.models.segmenter import Segmenter
 from cluda_cli.presets import load
 
 CPU = torch.device("cpu")
 CLASSES = ClassTable(CITYSCAPES[:3])
 SETTINGS = load([], {"model": {"encoder": "mit_b0", "decoder": {"embed_dim": 8, "channels": 8}}})
+DESCRIPTION = NetworkDescription(settings=SETTINGS, classes=CLASSES, seen=("road",), network_name="student", step=12)
 
 
 @pytest.fixture
 def weights(tmp_path):
     network = Segmenter(SETTINGS.model, 3)
     path = tmp_path / "best.safetensors"
-    save_weights(path, network.state_dict(), SETTINGS, CLASSES, ("road",), "student", 12)
+    save_weights(path, network.state_dict(), DESCRIPTION)
     return path, network
 
 
@@ -53,53 +49,11 @@ def test_missing_damaged_and_foreign_weights_are_told_apart(weights, tmp_path):
         load_weights(foreign, CPU)
 
 
-def test_state_round_trips(tmp_path):
-    state = {"step": 3, "best": None, "student": {"w": torch.arange(4.0)}}
-    save_state(tmp_path / "resume" / "state.pt", state)
-    loaded = load_state(tmp_path / "resume" / "state.pt")
-    assert (loaded["step"], loaded["best"]) == (3, None)
-    assert torch.equal(loaded["student"]["w"], state["student"]["w"])
-
-
-def test_state_that_would_execute_code_is_refused(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path / 'executed'}",)
-
-    path = tmp_path / "state.pt"
-    path.write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(DataError, match="cannot be read"):
-        load_state(path)
-    torch.save(Evil(), path)
-    with pytest.raises(DataError, match="cannot be read"):
-        load_state(path)
-    assert not (tmp_path / "executed").exists()
-
-
-@pytest.mark.parametrize("write", ["weights", "state"])
-def test_a_full_disk_is_one_clear_message_and_leaves_the_old_file(write, weights, tmp_path):
+def test_a_full_disk_is_one_clear_message_and_leaves_the_old_file(weights, tmp_path, full_disk):
     path, network = weights
     old = path.read_bytes()
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # a write beyond it fails like one to a full disk
-    try:
-        with pytest.raises((EnvironmentProblem, OSError)) as failure:
-            if write == "weights":
-                save_weights(path, network.state_dict(), SETTINGS, CLASSES, ("road",), "student", 13)
-            else:
-                save_state(path, network.state_dict())
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    with full_disk(), pytest.raises((EnvironmentProblem, OSError)) as failure:
+        save_weights(path, network.state_dict(), DESCRIPTION)
     assert "File too large" in str(failure.value) or "cannot be written" in str(failure.value)
     assert path.read_bytes() == old
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = tmp_path / "x.txt"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), atomic(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert [p.name for p in tmp_path.iterdir()] == ["x.txt"]
-    assert path.read_text() == "old"

@@ -15,7 +15,7 @@ from cluda_cli.adaptation.views import View
 from cluda_cli.inference import sliding as inference
 from cluda_cli.inference.sliding import image_logits
 from cluda_cli.models.boxes import Boxes
-from cluda_cli.models.multires import MultiResolution, entropy, most_uncertain
+from cluda_cli.models.multires import MultiResolution, entropy, find_most_uncertain
 from cluda_cli.models.segmenter import Output
 from cluda_cli.objectives.cross_entropy import CrossEntropy, weighted_cross_entropy
 from cluda_cli.objectives.pixel_contrast import PixelContrast
@@ -280,5 +280,5 @@ def test_entropy_and_its_largest_window(golden: Any) -> None:
     assert (found - vectors["out64.entropy_logits"]).abs().max() <= bound
     maps, boxes = vectors["in.entropy_maps"].float(), vectors["out.boxes_without_aliasing"]
     for uncertainty, expected in zip(maps, boxes, strict=True):  # B 1 h w, B 4
-        corner = most_uncertain(uncertainty[:, 0], DETAIL, (32, 32))
+        corner = find_most_uncertain(uncertainty[:, 0], DETAIL, (32, 32))
         assert torch.equal(corner, expected[:, [0, 2]])

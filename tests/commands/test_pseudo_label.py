@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -97,7 +98,7 @@ def test_result_is_a_dataset_that_agrees_with_its_files(
     folder = pseudo_label(checkpoint, threshold=0.7, device="cpu")
     assert folder == checkpoint.parent / "pseudo-labels" / "toy-train"
     text, talk = capsys.readouterr()
-    assert text == f"{folder}\n" and f"cluda train --source {folder}" in talk
+    assert text == f"{folder}\n" and f"cluda train --source {shlex.quote(str(folder))}" in talk
     index = find(str(folder), Path("nowhere"))  # what `train --source FOLDER` does
     assert index.classes == TABLE and list(index.splits) == ["train"] and index.margins == (0, 0, 0, 0)
     items = index.split("train")

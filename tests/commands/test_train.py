@@ -144,7 +144,7 @@ def test_a_request_during_validation_stops_there_and_resume_validates_again(tiny
     train(tiny_settings, tmp_path / "whole")
     honest = verb.score
     with monkeypatch.context() as patch:
-        patch.setattr(verb, "score", lambda *args, **named: os.kill(os.getpid(), signal.SIGINT) or honest(*args, **named))
+        patch.setattr(verb, "score", lambda *a, **k: os.kill(os.getpid(), signal.SIGINT) or honest(*a, **k))
         with pytest.raises(Interrupted, match="stopped after step 4"):
             train(tiny_settings, tmp_path / "parts")
     train(tiny_settings, tmp_path / "parts", resume=True)

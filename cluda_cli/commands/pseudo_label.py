@@ -59,8 +59,7 @@ def pseudo_label(
     most 0.9. The median comes from the 256 levels of the confidence maps, so it is exact to 0.002. Labels of the split
     are not read.
 
-    Raises SettingsError if the folder is taken or the threshold out of range. Raises DataError if a file cannot be
-    used.
+    Raises SettingsError if the folder is taken or the threshold out of range, DataError if a file cannot be used.
     """
     if not 0 <= threshold <= 1:
         raise SettingsError(f"{threshold} is not in 0..1", "--threshold", "0 keeps every pixel, 0.968 is usual")
@@ -73,15 +72,13 @@ def pseudo_label(
     _claim(out, overwrite)
     if dataset is None and data.target_margins is not None:  # the margins of the run's target
         index = replace(index, margins=data.target_margins)
-
-    items, histogram = _label_all(trained, index, split, out, 0.0 if per_class else threshold)
+    items, histogram = _label(trained, index, split, out, 0.0 if per_class else threshold)
     thresholds: list[float | None] = [threshold] * len(names)
     if per_class:
         thresholds = compute_thresholds(histogram)
         items = _apply_thresholds(out, items, thresholds)
-    made = Index(
-        f"{index.name}-{split}-{KIND}", out, index.root, trained.classes, {"train": tuple(items)}, index.margins
-    )
+    name, splits = f"{index.name}-{split}-{KIND}", {"train": tuple(items)}
+    made = Index(name, out, index.root, trained.classes, splits, index.margins)
     origin = {
         "kind": KIND,
         "version": __version__,
@@ -119,9 +116,7 @@ class _Prediction:
     level: HostCopy  # uint8 H W, confidence 0..255 = 0..1
 
 
-def _label_all(
-    trained: TrainedNetwork, index: Index, split: str, out: Path, threshold: float
-) -> tuple[list[Item], Tensor]:
+def _label(trained: TrainedNetwork, index: Index, split: str, out: Path, threshold: float) -> tuple[list[Item], Tensor]:
     """Write label and confidence of every image of the split. Returns the items and a histogram.
 
     The histogram, int64 K 256, counts the pixels outside the margins by predicted class and level of confidence.
@@ -205,9 +200,8 @@ def _claim(out: Path, overwrite: bool) -> None:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not overwrite:
-            raise SettingsError(
-                "exists and is not empty", out, "replace it with --overwrite, or name another with --out"
-            )
+            remedy = "replace it with --overwrite, or name another with --out"
+            raise SettingsError("exists and is not empty", out, remedy)
         if not _is_ours(out):
             raise SettingsError("holds something other than pseudo-labels", out, "name another folder with --out")
     (out / "index.json").unlink(missing_ok=True)
@@ -252,6 +246,5 @@ def _report(out: Path, manifest: dict[str, Any], as_json: bool) -> None:
     if manifest["coverage"] == 0:
         console.warn("no pixel is confident enough: lower --threshold, or use --per-class")
         return
-    console.info(
-        f"next: cluda train --source {shlex.quote(str(out))} ...   (images are then resized by data.source_box)"
-    )
+    source = shlex.quote(str(out))
+    console.info(f"next: cluda train --source {source} ...   (images are then resized by data.source_box)")

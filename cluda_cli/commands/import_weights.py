@@ -18,6 +18,7 @@ from cluda_cli.files import sha256
 from cluda_cli.inference.weights_file import save_weights
 from cluda_cli.models.encoders import COUNTER
 from cluda_cli.models.multires import build_segmenter
+from cluda_cli.models.normalisation import IMAGENET
 from cluda_cli.models.published import encoders as weights
 from cluda_cli.models.published.checkpoints import COPIES, Published, class_count, one_network, other_settings
 from cluda_cli.preparation.published import PUBLISHED
@@ -63,7 +64,8 @@ def import_weights(
         raise DataError(what, path, "set data.source to a prepared dataset with its classes, in its order")
     model = build_segmenter(settings.model, settings.data.crop, len(classes))
     _load(model, published, settings.model, path)
-    save_weights(out, model.state_dict(), settings, classes, seen, network, step=0)
+    # These code bases normalise with the values of ImageNet, whatever their encoder.
+    save_weights(out, model.state_dict(), settings, classes, seen, network, step=0, normalisation=IMAGENET)
     described = {
         "weights": str(out),
         "origin": str(path),

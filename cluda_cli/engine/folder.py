@@ -112,7 +112,8 @@ class RunFolder:
         name = run.settings.evaluation.network
         state = gather_state(run.evaluated.state_dict())
         if not collectives.rank():
-            save_weights(path, state, run.settings, run.classes, run.seen, name, run.step)
+            normalisation = run.evaluated.normalisation
+            save_weights(path, state, run.settings, run.classes, run.seen, name, run.step, normalisation=normalisation)
 
     def log(self, line: dict[str, Any]) -> None:
         """Append a line to the metrics; NaN becomes null, which every JSON reader accepts."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluda_cli import settings
-from cluda_cli.data.transforms import fit_box, normalise, resize_image
+from cluda_cli.data.transforms import fit_box, resize_image
 from cluda_cli.inference.prefetch import pin_memory, to_device
 from cluda_cli.models.boxes import Size, window_corners
 from cluda_cli.models.segmenter import Segmenter
@@ -173,7 +173,7 @@ def _resize_rows(matrix: Tensor, count: int) -> Tensor:
 def _coarse_logits(network: Segmenter, frames: Sequence[Frame], evaluation: settings.Evaluation) -> _Coarse:
     """Normalise and forward frames of one size."""
     device = _device(network)
-    images = torch.stack([normalise(to_device(frame.pixels, device)) for frame in frames])  # B 3 h w
+    images = torch.stack([network.normalisation.apply(to_device(frame.pixels, device)) for frame in frames])  # B 3 h w
     size = (images.shape[2], images.shape[3])
     with evaluating(network):
         if evaluation.mode == "whole":

@@ -6,7 +6,7 @@ Neither is ever unpickled: weights are safetensors, state is read with `weights_
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from cluda_cli.data.labels import ClassTable
 from cluda_cli.errors import CludaError, DataError, EnvironmentProblem, first_line
 from cluda_cli.files import atomic
 from cluda_cli.models.multires import build_segmenter
+from cluda_cli.models.normalisation import IMAGENET, Normalisation
 from cluda_cli.models.segmenter import Segmenter
 from cluda_cli.settings import Settings
 
@@ -52,8 +53,13 @@ def save_weights(
     seen: Sequence[str],
     network_name: str,
     step: int,
+    *,
+    normalisation: Normalisation = IMAGENET,
 ) -> None:
-    """Write the whole state of one network with all that is needed to run it, atomically."""
+    """Write the whole state of one network with all that is needed to run it, atomically.
+
+    `normalisation` is the network's.
+    """
     description = {
         "format": FORMAT,
         "version": __version__,
@@ -62,6 +68,7 @@ def save_weights(
         "seen": list(seen),
         "network": network_name,
         "step": step,
+        "preprocessing": asdict(normalisation),
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with _writing(path) as temporary:
@@ -88,6 +95,9 @@ def load_weights(path: Path, device: torch.device) -> Deployed:
         classes = ClassTable.from_json(description["classes"])
         network = build_segmenter(settings.model, settings.data.crop, len(classes))
         network.load_state_dict(tensors)
+        # Files without preprocessing are of networks that were trained with the values of ImageNet.
+        preprocessing = description.get("preprocessing", asdict(IMAGENET))
+        network.encoder.normalisation = Normalisation(tuple(preprocessing["mean"]), tuple(preprocessing["std"]))
         seen, network_name, step = tuple(description["seen"]), description["network"], description["step"]
     except (ValueError, KeyError, TypeError, RuntimeError, CludaError) as error:
         if isinstance(error, DataError):

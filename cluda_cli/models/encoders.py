@@ -1,7 +1,8 @@
 """Every encoder behind one contract: Mix Transformers, timm models with a pyramid of maps, and plain ViTs of timm.
 
 The contract: `channels` and `strides` of the four maps, `pad_multiple` (height and width of an image must be multiples
-of it), and forward(image B 3 H W) -> four maps B C ceil(H/stride) ceil(W/stride). The first map is the finest.
+of it), `normalisation` of the images, and forward(image B 3 H W) -> four maps B C ceil(H/stride) ceil(W/stride). The
+first map is the finest.
 """
 
 import difflib
@@ -17,7 +18,7 @@ from cluda_cli.errors import DataError, SettingsError
 from cluda_cli.files import sha256
 from cluda_cli.models.mit import VARIANTS, MixTransformer
 from cluda_cli.models.published import encoders as weights
-from cluda_cli.models.timm_encoders import WHERE, PlainViT, TimmEncoder, is_plain, no_dilation
+from cluda_cli.models.timm_encoders import PlainViT, TimmEncoder, dilation_error, is_plain
 
 Encoder = MixTransformer | TimmEncoder | PlainViT
 MIN_MATCHED = 0.99
@@ -72,10 +73,10 @@ def build_encoder(model: settings.Model) -> Encoder:
     if model.encoder not in VARIANTS and not timm.is_model(model.encoder):
         close = difflib.get_close_matches(model.encoder, [*VARIANTS, *timm.list_models()], n=3)
         remedy = f"did you mean {' or '.join(close)}?" if close else "name mit_b0 ... mit_b5 or a timm model"
-        raise SettingsError(f'there is no encoder "{model.encoder}"', WHERE, remedy)
+        raise SettingsError(f'there is no encoder "{model.encoder}"', "model.encoder", remedy)
     plain = is_plain(model.encoder)
     if (plain or model.encoder in VARIANTS) and model.output_stride < 32:
-        raise no_dilation(model.encoder)
+        raise dilation_error(model.encoder)
     if model.encoder in VARIANTS:
         encoder: Encoder = MixTransformer(model.encoder, model.drop_path)
     elif plain:

@@ -15,6 +15,7 @@ from cluda_cli.inference.prefetch import Fetched
 from cluda_cli.inference.sliding import Frame, Limits, evaluating, image_logits, predict_labels, segment
 from cluda_cli.models.boxes import window_starts
 from cluda_cli.models.multires import MultiResolution
+from cluda_cli.models.normalisation import IMAGENET
 from cluda_cli.models.segmenter import Output
 from cluda_cli.settings import Evaluation
 
@@ -27,6 +28,7 @@ class Tiny(nn.Module):
 
     pad_multiple = 8
     smallest = 32
+    normalisation = IMAGENET
 
     def __init__(self) -> None:
         super().__init__()

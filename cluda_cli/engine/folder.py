@@ -116,7 +116,7 @@ class RunFolder:
             described = NetworkDescription(
                 settings=run.settings, classes=run.classes, seen=run.seen, network_name=name, step=run.step
             )
-            save_weights(path, state, described)
+            save_weights(path, state, described, normalisation=run.evaluated.normalisation)
 
     def log(self, line: dict[str, Any]) -> None:
         """Append a line to the metrics; NaN becomes null, which every JSON reader accepts."""

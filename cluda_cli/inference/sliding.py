@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluda_cli import settings
-from cluda_cli.data.transforms import fit_box, normalise, resize_image
+from cluda_cli.data.transforms import fit_box, resize_image
 from cluda_cli.inference.prefetch import pin_memory, to_device
 from cluda_cli.models.boxes import Size
 from cluda_cli.models.segmenter import Segmenter
@@ -181,7 +181,7 @@ def _resize_rows(matrix: Tensor, count: int) -> Tensor:
 def _run_network(network: Segmenter, images: Sequence[ResizedImage], evaluation: settings.Evaluation) -> _PaddedLogits:
     """Normalise images of one resized size and compute their logits, whole or in sliding windows."""
     device = _device(network)
-    batch = torch.stack([normalise(to_device(image.pixels, device)) for image in images])  # B 3 h w
+    batch = torch.stack([network.normalisation.apply(to_device(image.pixels, device)) for image in images])  # B 3 h w
     size = (batch.shape[2], batch.shape[3])
     with eval_mode(network):
         if evaluation.mode == "whole":

@@ -5,7 +5,7 @@ They are safetensors files, so that reading them executes nothing.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from cluda_cli.data.labels import ClassTable
 from cluda_cli.errors import CludaError, DataError, EnvironmentProblem, first_line
 from cluda_cli.files import atomic
 from cluda_cli.models.multires import build_segmenter
+from cluda_cli.models.normalisation import IMAGENET, Normalisation
 from cluda_cli.models.segmenter import Segmenter
 from cluda_cli.settings import Settings
 
@@ -50,8 +51,14 @@ class TrainedNetwork(NetworkDescription):
     path: Path
 
 
-def save_weights(path: Path, state: Mapping[str, Tensor], description: NetworkDescription) -> None:
-    """Write the state of a network and its description atomically.
+def save_weights(
+    path: Path,
+    state: Mapping[str, Tensor],
+    description: NetworkDescription,
+    *,
+    normalisation: Normalisation = IMAGENET,
+) -> None:
+    """Write the state of a network, its description and its normalisation atomically.
 
     Raises EnvironmentProblem or OSError if the file cannot be written.
     """
@@ -63,6 +70,7 @@ def save_weights(path: Path, state: Mapping[str, Tensor], description: NetworkDe
         "seen": list(description.seen),
         "network": description.network_name,
         "step": description.step,
+        "preprocessing": asdict(normalisation),
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     try:
@@ -96,6 +104,9 @@ def load_weights(path: Path, device: torch.device) -> TrainedNetwork:
         classes = ClassTable.from_json(description["classes"])
         network = build_segmenter(settings.model, settings.data.crop, len(classes))
         network.load_state_dict(tensors)
+        # Files without preprocessing are of networks that were trained with the values of ImageNet.
+        preprocessing = description.get("preprocessing", asdict(IMAGENET))
+        network.encoder.normalisation = Normalisation(tuple(preprocessing["mean"]), tuple(preprocessing["std"]))
         seen, network_name, step = tuple(description["seen"]), description["network"], description["step"]
     except (ValueError, KeyError, TypeError, RuntimeError, CludaError) as error:
         if isinstance(error, DataError):

@@ -22,6 +22,7 @@ from cluda_cli.inference.sliding import (
     segment,
 )
 from cluda_cli.models.multires import MultiResolution
+from cluda_cli.models.normalisation import IMAGENET
 from cluda_cli.models.segmenter import Output
 from cluda_cli.settings import Evaluation
 
@@ -34,6 +35,7 @@ class Tiny(nn.Module):
 
     pad_multiple = 8
     smallest = 32
+    normalisation = IMAGENET
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The commands: each parses, loads settings and calls one verb. Torch is imported inside commands only."""
+"""The commands. Each parses its options, loads settings and calls one verb. Only the verbs import torch."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ Examples:
   cluda train --preset demo               adapt to embedded demo data
   cluda prepare gta
   cluda prepare cityscapes
-  cluda bench --preset daformer-cluda     what that will take on this device
+  cluda bench --preset daformer-cluda     time and memory that it takes here
   cluda train --preset daformer-cluda     GTA5 -> Cityscapes, as in the paper
   cluda eval --ckpt runs/demo/best.safetensors
   cluda predict images/                   with the newest run's best weights
@@ -30,7 +30,7 @@ Exit codes: 0 done, 1 the run failed, 2 usage or settings, 3 data,
 
 
 class _Commands(TyperGroup):
-    """Turns every foreseeable failure into one clear message and its exit code."""
+    """Turns every expected failure into one message and its exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -40,7 +40,7 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt:
             failure = Interrupted("interrupted")
         except BrokenPipeError:
-            raise  # the reader of our output has gone; click exits quietly
+            raise  # nobody reads our output any more; click exits quietly
         except OSError as error:
             failure = EnvironmentProblem(
                 error.strerror or str(error), error.filename or "", "check disk and permissions"
@@ -67,7 +67,7 @@ app = typer.Typer(
 
 Presets = Annotated[
     list[str] | None,
-    typer.Option("--preset", metavar="NAME", help="Preset name or file; repeat to lay one over another."),
+    typer.Option("--preset", metavar="NAME", help="Preset name or file; repeatable, later ones win."),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any setting; repeatable.")
@@ -102,8 +102,10 @@ def prepare(
         str, typer.Argument(help="gta, synthia, cityscapes, camvid, acdc, dark-zurich, demo, or a TOML description.")
     ],
     data_root: DataRoot = None,
-    check: Annotated[bool, typer.Option("--check", help="Only look and report; write nothing.")] = False,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out what is wrong instead of refusing.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only check and report; write nothing.")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out files that are wrong instead of refusing the dataset.")
+    ] = False,
     cache: Annotated[
         str | None,
         typer.Option(
@@ -138,7 +140,7 @@ def train(
         int | None, typer.Option(min=1, help="GPUs of this machine to train on, or CPU processes.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in the folder, or the newest run.")
+        bool, typer.Option("--resume", help="Continue the run in the folder, or the newest run.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
     set_: Overrides = None,
@@ -188,9 +190,9 @@ def bench(
     as_json: AsJson = False,
     set_: Overrides = None,
 ) -> None:
-    """Measure before a run what it will take: step time by part, images/s, memory, the largest batch, hours.
+    """Measure what a run will take: step time by part, images/s, memory, the largest batch, hours.
 
-    Fetches no weights, needs no data and writes nothing.
+    Downloads no weights, needs no data and writes nothing.
     """
     from cluda_cli import presets
 
@@ -204,14 +206,14 @@ def bench(
 def _options(
     source: list[str] | None, target: str | None, data_root: Path | None, training: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """The tree of settings of the named options that were given."""
+    """Collect the named options that were given, as a tree of settings."""
     root = str(data_root) if data_root else None
     named = {"data": {"source": source or None, "target": target, "root": root}, "training": training}
     return {section: {k: v for k, v in values.items() if v is not None} for section, values in named.items()}
 
 
 def _default_folder(preset: list[str], resume: bool) -> Path:
-    """runs/<presets joined>, or, to resume without naming anything, the newest run."""
+    """runs/<presets joined>. To resume without a preset, the folder of the newest run."""
     runs = Path("runs")
     if preset or not resume:
         return runs / ("-".join(Path(name).stem for name in preset) or "defaults")
@@ -292,9 +294,9 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Segment pictures of any size."""
-    from cluda_cli.commands.predict import newest_checkpoint, predict
+    from cluda_cli.commands.predict import find_newest_checkpoint, predict
 
-    checkpoint = ckpt or newest_checkpoint(Path("runs"))
+    checkpoint = ckpt or find_newest_checkpoint(Path("runs"))
     if not ckpt:
         console.info(f"weights: {checkpoint}")
     outputs = output or ["train-id", "color", "overlay"]

@@ -1,6 +1,6 @@
-"""One place for all talk: results go to stdout, everything else to stderr; no colour or bars where they do not belong.
+"""All output of the commands: results go to stdout, everything else to stderr. Bars are for terminals only.
 
-Rich honours NO_COLOR, FORCE_COLOR and TERM=dumb by itself. Rich is imported late to keep `cluda --help` fast.
+Rich obeys NO_COLOR, FORCE_COLOR and TERM=dumb. It is imported in functions, because importing it is slow.
 """
 
 import json
@@ -16,27 +16,26 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal
+PLAIN_INTERVAL = 10.0  # seconds between progress lines without a terminal
 
-
-_live: "Console | None" = None  # that of the bar on the screen, above which lines have to be printed
+_live: "Console | None" = None  # the console of the bar on the screen, which prints other lines above the bar
 _muted = False
 
 
 def mute() -> None:
-    """Say nothing on stderr from now on, errors included: another process of the run says the same."""
+    """Write nothing to stderr from now on, errors included: another process of the run writes the same."""
     global _muted
     _muted = True
 
 
 def unmute() -> None:
-    """Talk again."""
+    """Write to stderr again."""
     global _muted
     _muted = False
 
 
 def stderr() -> "Console":
-    """The console of the bar on the screen, else a fresh one, so that redirection of sys.stderr is respected."""
+    """The console of the bar on the screen, else a new one, which uses the present sys.stderr."""
     from rich.console import Console
 
     return _live or Console(stderr=True, quiet=_muted, highlight=False, soft_wrap=True)
@@ -49,17 +48,17 @@ def stdout() -> "Console":
 
 
 def info(text: str) -> None:
-    """One line of talk."""
+    """Print one line to stderr."""
     stderr().print(text, markup=False)
 
 
 def warn(text: str) -> None:
-    """Something works, but not as the user may think."""
+    """Print a warning: something works, but perhaps not as the user expects."""
     stderr().print(f"warning: {text}", style="yellow", markup=False)
 
 
 def error(problem: CludaError) -> None:
-    """What is wrong, where, and what to do; a run that was asked to stop is told without alarm."""
+    """Print where the problem is, what it is, and what to do. An interrupted run is no error and gets no colour."""
     where = f"{problem.where}: " if problem.where else ""
     if isinstance(problem, Interrupted):
         info(problem.what)
@@ -70,17 +69,17 @@ def error(problem: CludaError) -> None:
 
 
 def result(text: str) -> None:
-    """One line of a result, never wrapped or styled."""
+    """Print one line of a result to stdout, never wrapped or styled."""
     sys.stdout.write(text + "\n")
 
 
 def result_json(value: Any) -> None:
-    """A result for scripts."""
+    """Print a result as JSON. Raises ValueError for NaN, which other readers refuse."""
     result(json.dumps(value, indent=2, allow_nan=False))
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> "Table":
-    """A table whose first column is text and whose others are right-aligned numbers."""
+    """Build a table: the first column is text, the others are right-aligned numbers."""
     from rich import box
     from rich.table import Table
 
@@ -103,7 +102,7 @@ def _set_live(console: "Console | None") -> None:
 
 
 class Progress:
-    """Progress with remaining time: a bar on a terminal, a plain line every few seconds elsewhere."""
+    """Progress and remaining time: a bar on a terminal, elsewhere a line every few seconds."""
 
     def __init__(self, what: str, total: int, done: int = 0) -> None:
         self.what, self.total, self.done, self.note = what, total, done, ""
@@ -137,7 +136,7 @@ class Progress:
             _set_live(None)
 
     def advance(self, note: str = "") -> None:
-        """One unit done; `note` says what a reader wants to know meanwhile, such as the loss."""
+        """Count one more unit as done. `note` is shown beside the progress, such as the loss."""
         self.done += 1
         self.note = note or self.note
         if self._bar:
@@ -148,7 +147,7 @@ class Progress:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Clear the terminal line while another bar is shown."""
+        """Hide the bar while another one is shown."""
         self._hide()
         try:
             yield
@@ -156,13 +155,13 @@ class Progress:
             self._show()
 
     def seconds_left(self) -> float:
-        """Estimate from the mean speed so far."""
+        """Remaining time, from the mean speed so far."""
         elapsed = time.monotonic() - self._began
         return elapsed / max(self.done - self._first, 1) * (self.total - self.done)
 
 
 def duration(seconds: float) -> str:
-    """1 h 02 min, 3 min 20 s, 12 s."""
+    """Format a duration: 1 h 02 min, 3 min 20 s, 12 s."""
     whole = int(seconds + 0.5)
     if whole >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,4 +1,4 @@
-"""What goes wrong for users. Each error says what is wrong, where, and what to do; the class sets the exit code."""
+"""Errors for users. Each says what is wrong, where, and what to do. Its class sets the exit code."""
 
 import difflib
 from collections.abc import Sequence
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 class CludaError(Exception):
     """A problem with one clear cause.
 
-    `what` states the problem, `where` the file or setting, `remedy` what to do about it. The command line prints
-    the three as one message and exits with `exit_code`; a traceback never reaches the user.
+    `what` is the problem, `where` the file or setting, `remedy` what to do about it. The command line prints the three
+    as one message, without a traceback, and exits with `exit_code`.
     """
 
     exit_code = 1
@@ -23,18 +23,18 @@ class CludaError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's exception says, for one-line messages."""
+    """First line of the text of another library's exception, or its class if there is no text."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
 def nearest(name: str, choices: Sequence[str]) -> str:
-    """The choice that a misspelt name probably means, or ""."""
+    """The choice that is most similar to a misspelt name, or "" if none is similar."""
     return next(iter(difflib.get_close_matches(name, choices, n=1, cutoff=0.6)), "")
 
 
 class RunError(CludaError):
-    """A run failed: a non-finite loss, state that does not fit."""
+    """A run failed: its loss is not finite, or its saved state does not fit."""
 
     exit_code = 1
 
@@ -58,6 +58,6 @@ class EnvironmentProblem(CludaError):  # noqa: N818  "EnvironmentError" is a Pyt
 
 
 class Interrupted(CludaError):  # noqa: N818  stopping a run on request is no error
-    """The user or the scheduler stopped the run after its state was saved."""
+    """The user or the scheduler stopped the run."""
 
     exit_code = 130

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear complete or not at all."""
 
 import hashlib
 import json
@@ -9,16 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_UMASK = os.umask(0)  # it can only be read by setting it; done once, because files are written from threads
+_UMASK = os.umask(0)  # reading it means setting it, which is not safe in threads: done once
 os.umask(_UMASK)
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success flush it to disk and rename it to `path`.
+    """Yield a temporary path beside `path`. At the end of the block, flush it to disk and rename it to `path`.
 
-    If the block raises, or the process is killed, `path` is as it was before. The folder is made when missing.
-    The temporary name starts with a dot and keeps the suffix, for writers that choose the format by suffix.
+    If the block raises, or the process is killed, `path` is as it was before. A missing folder is made. The temporary
+    name starts with a dot and keeps the suffix, because some writers choose the format by suffix.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
@@ -28,7 +28,7 @@ def atomic(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_UMASK)  # mkstemp makes files private; give them the usual mode
+        temporary.chmod(0o666 & ~_UMASK)  # mkstemp makes private files; this is the usual mode
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -41,7 +41,7 @@ def sha256(path: Path) -> str:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what `atomic` left in a folder when its process was killed; nobody else may be writing there."""
+    """Remove the temporary files of a killed process. No other process may be writing in the folder."""
     for path in folder.glob(".*-????????.*"):
         path.unlink(missing_ok=True)
 
@@ -53,5 +53,5 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
-    """Write JSON atomically; NaN is refused, because other readers refuse it."""
+    """Write JSON atomically. Raises ValueError for NaN, which other readers refuse."""
     write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")

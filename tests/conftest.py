@@ -2,7 +2,9 @@
 
 import json
 import os
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,22 @@ def golden() -> Golden:
 def _one_thread() -> None:
     """Tiny tensors are slower on many threads, much slower where cores are shared."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def full_disk() -> Callable[[], AbstractContextManager[None]]:
+    """`with full_disk():` no file can be larger than 100 kB. A write beyond that fails as on a full disk."""
+
+    @contextmanager
+    def limit() -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit
 
 
 TINY_CLASSES = ClassTable(tuple(c for c in CITYSCAPES if c.name in {"road", "building", "sky", "person", "car"}))

@@ -43,6 +43,12 @@ def test_help_needs_no_torch(module):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_inference_needs_no_engine():
+    verbs = "import cluda_cli.commands.evaluate, cluda_cli.commands.predict, cluda_cli.commands.pseudo_label, sys"
+    check = "assert not [name for name in sys.modules if name.startswith('cluda_cli.engine')]"
+    subprocess.run([sys.executable, "-c", f"{verbs}; {check}"], check=True)
+
+
 ENGINE = [path for path in MODULES if room(path) == "engine"]
 
 

@@ -18,7 +18,7 @@ from cluda_cli.engine.run import Run
 from cluda_cli.engine.step import training_step
 from cluda_cli.errors import EnvironmentProblem
 from cluda_cli.inference.device import pick_device
-from cluda_cli.inference.sliding import Frame, limits, segment
+from cluda_cli.inference.sliding import choose_budget, fit_image, segment
 from cluda_cli.measure.costs import Loading, Memory, MemoryWatch, Spread, largest_step, loading_speed, step_times
 from cluda_cli.measure.spans import SpanClock, wait_for_device
 from cluda_cli.measure.synthetic import synthetic_images, synthetic_source
@@ -163,12 +163,12 @@ def _validation(settings: Settings, run: Run, target: Index | None) -> Validatio
         image = read_image(target.image_path(items[0]))  # 3 H W
     else:
         image = synthetic_images(1, data.target_box or data.crop, generator(settings, "bench image"))[0]
-    frame = Frame.of(image, data.target_box, run.device)
-    images = max(IMAGES, limits(run.device).forward // frame.pixels[0].numel())  # at least what shares a forward
+    resized = fit_image(image, data.target_box, run.device)
+    images = max(IMAGES, choose_budget(run.device).forward // resized.pixels[0].numel())  # at least a full forward
     for _ in range(2):  # the first time is warm-up
         wait_for_device(run.device)
         began = time.perf_counter()
-        for _ in segment(run.evaluated, [(frame, None)] * images, settings.inference):
+        for _ in segment(run.evaluated, [(resized, None)] * images, settings.inference):
             pass
         wait_for_device(run.device)
     seconds, count = (time.perf_counter() - began) / images, -(-training.steps // training.validate_every)

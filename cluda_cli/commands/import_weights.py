@@ -2,24 +2,23 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cluda_cli import console
 from cluda_cli.data.index import find, joint_classes, seen_classes
 from cluda_cli.data.labels import PROTOCOLS, ClassTable
 from cluda_cli.errors import DataError, SettingsError
 from cluda_cli.files import sha256
-from cluda_cli.inference.weights_file import save_weights
-from cluda_cli.models.encoders import COUNTER
+from cluda_cli.inference.weights_file import NetworkDescription, save_weights
 from cluda_cli.models.multires import build_segmenter
-from cluda_cli.models.published import encoders as weights
+from cluda_cli.models.normalisation import IMAGENET
 from cluda_cli.models.published.checkpoints import COPIES, Published, class_count, one_network, other_settings
+from cluda_cli.models.published.encoders import flat, match_names, read_tensors
 from cluda_cli.preparation.published import PUBLISHED
 from cluda_cli.settings import Data, Model, Settings
 
@@ -54,7 +53,7 @@ def import_weights(
         raise SettingsError(f'"{network}" is neither {" nor ".join(COPIES)}', "--network", "leave it out for student")
     out = _free(path, out, overwrite)
     with torch.serialization.safe_globals(NUMPY_SCALARS):
-        tensors = weights.read(path)
+        tensors = read_tensors(path)
     published = one_network(tensors, network, settings.model.encoder, path)
     classes, seen = _classes(settings.data)
     count = class_count(published)
@@ -63,7 +62,9 @@ def import_weights(
         raise DataError(what, path, "set data.source to a prepared dataset with its classes, in its order")
     model = build_segmenter(settings.model, settings.data.crop, len(classes))
     _load(model, published, settings.model, path)
-    save_weights(out, model.state_dict(), settings, classes, seen, network, step=0)
+    description = NetworkDescription(settings=settings, classes=classes, seen=seen, network_name=network, step=0)
+    # These code bases normalise with the values of ImageNet, whatever their encoder.
+    save_weights(out, model.state_dict(), description, normalisation=IMAGENET)
     described = {
         "weights": str(out),
         "origin": str(path),
@@ -103,20 +104,17 @@ def _classes(data: Data) -> tuple[ClassTable, tuple[str, ...]]:
     return joint_classes(sources), seen_classes(sources)
 
 
-@dataclass(frozen=True)
-class _Fit:
-    """How the tensors of a file and of a network go together."""
-
-    tensors: dict[str, Tensor]
-    """By the network's names."""
-    differences: dict[str, list[str]]
-    """Kind -> a line for each tensor; counters of batch norms may be missing."""
-
-
 def _load(model: nn.Module, published: Published, section: Model, path: Path) -> None:
     """Raises DataError that lists every tensor without counterpart and the settings that the file tells."""
-    fit, other = _compare(model.state_dict(), published.tensors), other_settings(published, section)
-    kinds = {kind: lines for kind, lines in fit.differences.items() if lines}
+    own, other = model.state_dict(), other_settings(published, section)
+    matched = match_names(own, published.tensors, key=_key)
+    shapes = {name: (list(tensor.shape), list(own[name].shape)) for name, tensor in matched.mismatched.items()}
+    kinds = {
+        "missing in the file": matched.missing,
+        "unknown to the network": matched.unexpected,
+        "of another shape": [f"{name}: {a} in the file, {b} in the network" for name, (a, b) in shapes.items()],
+    }
+    kinds = {kind: lines for kind, lines in kinds.items() if lines}
     if kinds or other:
         counts = ", ".join(f"{len(lines)} {kind}" for kind, lines in kinds.items())
         what = f"{counts}: these tensors do not fit the network of the settings"
@@ -124,29 +122,12 @@ def _load(model: nn.Module, published: Published, section: Model, path: Path) ->
             what = "all tensors fit, but this network computes otherwise than the settings say"
         listed = [f"{kind}:\n  " + "\n  ".join(lines) for kind, lines in kinds.items()]
         raise DataError("\n".join([what, *listed]), path, _remedy(other))
-    model.load_state_dict(fit.tensors, strict=False)  # counters start anew where the file has none
-
-
-def _compare(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> _Fit:
-    place = {_key(name): name for name in own}
-    found = {place[_key(name)]: tensor for name, tensor in tensors.items() if _key(name) in place}
-    other = {name: tensor for name, tensor in found.items() if tensor.shape != own[name].shape}
-    return _Fit(
-        found,
-        {
-            "missing in the file": [name for name in own if name not in found and not name.endswith(COUNTER)],
-            "unknown to the network": [name for name in tensors if _key(name) not in place],
-            "of another shape": [
-                f"{name}: {list(tensor.shape)} in the file, {list(own[name].shape)} in the network"
-                for name, tensor in other.items()
-            ],
-        },
-    )
+    model.load_state_dict(matched.fitting, strict=False)  # counters start anew where the file has none
 
 
 def _key(name: str) -> str:
     """The name, but for the ways in which timm writes that of one and the same tensor of an encoder."""
-    return weights.flat(name) if name.startswith("encoder.") else name
+    return flat(name) if name.startswith("encoder.") else name
 
 
 def _remedy(other: Mapping[str, Any]) -> str:

@@ -16,9 +16,9 @@ from cluda_cli.data.labels import ClassTable
 from cluda_cli.data.transforms import read_image
 from cluda_cli.errors import DataError, SettingsError
 from cluda_cli.inference.device import pick_device
-from cluda_cli.inference.prefetch import Fetched, prefetch, write_png
-from cluda_cli.inference.sliding import Frame, segment
-from cluda_cli.inference.weights_file import Deployed, load_weights
+from cluda_cli.inference.prefetch import HostCopy, prefetch, write_png
+from cluda_cli.inference.sliding import ResizedImage, fit_image, segment
+from cluda_cli.inference.weights_file import TrainedNetwork, load_weights
 
 OUTPUTS = ("train-id", "label-id", "color", "overlay", "confidence")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
@@ -26,22 +26,22 @@ OVERLAY = 0.5  # share of the class colour in an overlay
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One image and where its results go."""
+class _Request:
+    """An image and the files to write for it."""
 
-    source: Path
-    targets: dict[str, Path]
-    """Output -> file."""
+    image: Path
+    files: dict[str, Path]
+    """Name of an output -> file."""
 
 
 @dataclass(frozen=True)
 class _Prediction:
-    """All that the outputs of one image are made of; what none of them needs is left out."""
+    """Label, confidence and pixels of an image. What no output needs is None."""
 
-    job: _Job
-    image: Tensor | None  # uint8 3 H W
-    label: Fetched  # uint8 H W
-    confidence: Fetched | None  # uint8 H W, 255 = certain
+    request: _Request
+    pixels: Tensor | None  # uint8 3 H W
+    label: HostCopy  # uint8 H W
+    confidence: HostCopy | None  # uint8 H W, 0..255 = 0..1
 
 
 def predict(
@@ -55,9 +55,11 @@ def predict(
 ) -> None:
     """Segment files, folders (searched recursively) and globs into out/<output>/<name>.png.
 
-    A result has the pixel grid of its image; folders keep their subfolders. Images that cannot be read are reported
-    and skipped, and DataError is raised at the end. Raises DataError too if there is no image or a result would
-    replace an input, SettingsError for an unknown output.
+    A result has the size of its image in pixels. The images of a folder keep their subfolders. An image that cannot be
+    read is reported and skipped.
+
+    Raises SettingsError for an unknown output. Raises DataError if there is no image, if a result would replace an
+    input, and, after all other images are done, if an image could not be read.
     """
     if out.exists() and not out.is_dir():
         raise SettingsError("is a file; the results need a folder", out, "name another with --out")
@@ -66,23 +68,23 @@ def predict(
         raise SettingsError(
             f"unknown output {', '.join(unknown) or '(none)'}", "--output", f"take {', '.join(OUTPUTS)}"
         )
-    jobs = _plan(find_images(inputs, out), out, tuple(dict.fromkeys(outputs)))
+    requests = _plan(find_images(inputs, out), out, tuple(dict.fromkeys(outputs)))
     chosen = pick_device(device)
-    deployed = load_weights(checkpoint, chosen)
-    _check_label_ids(deployed.classes, outputs)
+    trained = load_weights(checkpoint, chosen)
+    _check_label_ids(trained.classes, outputs)
     done: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
-    with console.Progress("predicting", len(jobs)) as progress:
+    with console.Progress("predicting", len(requests)) as progress:
 
-        def skip(job: _Job, problem: DataError) -> None:
+        def skip(request: _Request, problem: DataError) -> None:
             console.warn(str(problem))
-            failed.append({"input": str(job.source), "error": problem.what})
+            failed.append({"input": str(request.image), "error": problem.what})
             progress.advance()
 
-        predictions = _predictions(deployed, jobs, outputs, skip)
-        for job in prefetch(partial(_write, deployed.classes), predictions):
-            files = {output: str(path) for output, path in job.targets.items()}
-            done.append({"input": str(job.source), "outputs": files})
+        predictions = _predict_all(trained, requests, outputs, skip)
+        for request in prefetch(partial(_write, trained.classes), predictions):
+            files = {output: str(path) for output, path in request.files.items()}
+            done.append({"input": str(request.image), "outputs": files})
             progress.advance()
     if as_json:
         console.result_json({"checkpoint": str(checkpoint), "images": done, "failed": failed})
@@ -90,11 +92,14 @@ def predict(
         console.result(str(out))
     console.info(f"{len(done)} images, {', '.join(dict.fromkeys(outputs))}, in {out}")
     if failed:
-        raise DataError(f"{len(failed)} of {len(jobs)} images could not be read", "", "see the warnings above")
+        raise DataError(f"{len(failed)} of {len(requests)} images could not be read", "", "see the warnings above")
 
 
-def newest_checkpoint(runs: Path) -> Path:
-    """best.safetensors, else last.safetensors, of the run that wrote weights last. Raises DataError without any."""
+def find_newest_checkpoint(runs: Path) -> Path:
+    """Find the run that wrote weights last: its best.safetensors, else its last.safetensors.
+
+    Raises DataError if no run has weights.
+    """
     weights = [path for name in ("best", "last") for path in runs.glob(f"*/{name}.safetensors")]
     if not weights:
         raise DataError("no run with weights", runs, "train one with `cluda train`, or name weights with --ckpt")
@@ -103,16 +108,16 @@ def newest_checkpoint(runs: Path) -> Path:
 
 
 def find_images(inputs: Sequence[str], out: Path) -> list[tuple[Path, Path]]:
-    """Every image once, with the relative path that names its results. Raises DataError if an input has none.
+    """Find every image once, with the relative path that names its results.
 
-    Of folders, hidden files and what lies under `out` are left out.
+    In a folder, hidden files and files under `out` are left out. Raises DataError if an input has no image.
     """
     found: dict[Path, tuple[Path, Path]] = {}
     for text in inputs:
         path = Path(text)
         is_glob = not path.exists() and glob.has_magic(text)
         matches = [Path(match) for match in sorted(glob.glob(text, recursive=True))] if is_glob else [path]
-        images = [pair for match in matches for pair in _images_at(match, out, checked=is_glob)]
+        images = [pair for match in matches for pair in _list_images(match, out, checked=is_glob)]
         if not images:
             if not is_glob and not path.exists():
                 raise DataError("no such file or folder", text, "name images, folders of images, or globs")
@@ -123,8 +128,8 @@ def find_images(inputs: Sequence[str], out: Path) -> list[tuple[Path, Path]]:
     return list(found.values())
 
 
-def _images_at(path: Path, out: Path, checked: bool) -> Iterator[tuple[Path, Path]]:
-    """The images of a folder, or one file; `checked` asks a file for the suffix of an image."""
+def _list_images(path: Path, out: Path, checked: bool) -> Iterator[tuple[Path, Path]]:
+    """Yield the images of a folder, or a file. With `checked`, a file must have the suffix of an image."""
     if path.is_file() and (not checked or path.suffix.lower() in SUFFIXES):
         yield path, Path(path.name)
     elif path.is_dir():
@@ -136,8 +141,8 @@ def _images_at(path: Path, out: Path, checked: bool) -> Iterator[tuple[Path, Pat
                 yield image, relative
 
 
-def unique_names(names: Iterable[str]) -> Iterator[str]:
-    """The names; where one repeats another, even in other case, it gets a number."""
+def make_unique(names: Iterable[str]) -> Iterator[str]:
+    """Yield the names, and add a number to a name that repeats an earlier one. Upper and lower case are the same."""
     taken: set[str] = set()
     for name in names:
         unique, number = name, 1
@@ -148,63 +153,67 @@ def unique_names(names: Iterable[str]) -> Iterator[str]:
         yield unique
 
 
-def _plan(images: Sequence[tuple[Path, Path]], out: Path, outputs: Sequence[str]) -> list[_Job]:
-    """Where the results of each image go. Raises DataError if one would replace an input."""
-    jobs = []
+def _plan(images: Sequence[tuple[Path, Path]], out: Path, outputs: Sequence[str]) -> list[_Request]:
+    """Name the files to write for each image. Raises DataError if one would replace an input."""
+    requests = []
     sources = {image.resolve() for image, _ in images}
-    names = unique_names(relative.with_suffix("").as_posix() for _, relative in images)
+    names = make_unique(relative.with_suffix("").as_posix() for _, relative in images)
     for (image, _), name in zip(images, names, strict=True):
-        targets = {output: out / output / f"{name}.png" for output in outputs}
-        for target in targets.values():
-            if target.resolve() in sources:
-                raise DataError("would be overwritten, and is an input", target, "name another folder with --out")
-        jobs.append(_Job(image, targets))
-    return jobs
+        files = {output: out / output / f"{name}.png" for output in outputs}
+        for file in files.values():
+            if file.resolve() in sources:
+                raise DataError("would be overwritten, and is an input", file, "name another folder with --out")
+        requests.append(_Request(image, files))
+    return requests
 
 
 def _check_label_ids(classes: ClassTable, outputs: Sequence[str]) -> None:
-    """Raises SettingsError if label ids are wanted and do not fit 8 bits beside 255."""
+    """Raise SettingsError if label ids are wanted but a class has none in 0..255."""
     if "label-id" in outputs:
         unfit = [c.name for c in classes.classes if not 0 <= c.label_id < 256]
         if unfit:
             raise SettingsError(f"no 8-bit label id for {', '.join(unfit)}", "--output label-id", "take train-id")
 
 
-def _predictions(
-    deployed: Deployed, jobs: Sequence[_Job], outputs: Sequence[str], skip: Callable[[_Job, DataError], None]
+def _predict_all(
+    trained: TrainedNetwork,
+    requests: Sequence[_Request],
+    outputs: Sequence[str],
+    skip: Callable[[_Request, DataError], None],
 ) -> Iterator[_Prediction]:
-    """Images are decoded ahead of the network; those that cannot be read are handed to `skip`."""
-    settings = deployed.settings
-    device = next(deployed.network.parameters()).device
+    """Yield the prediction of each image, while threads read the next ones. `skip` gets those that cannot be read."""
+    settings = trained.settings
+    device = next(trained.network.parameters()).device
 
-    def read(job: _Job) -> tuple[Frame, Tensor | None] | DataError:
+    def read(request: _Request) -> tuple[ResizedImage, Tensor | None] | DataError:
         try:
-            image = read_image(job.source)
+            pixels = read_image(request.image)
         except DataError as problem:
             return problem
-        return Frame.of(image, settings.data.target_box, device), image if "overlay" in outputs else None
+        return fit_image(pixels, settings.data.target_box, device), pixels if "overlay" in outputs else None
 
-    def frames() -> Iterator[tuple[Frame, tuple[_Job, Tensor | None]]]:
-        for job, found in zip(jobs, prefetch(read, jobs), strict=True):
-            if isinstance(found, DataError):
-                skip(job, found)
+    def read_all() -> Iterator[tuple[ResizedImage, tuple[_Request, Tensor | None]]]:
+        for request, result in zip(requests, prefetch(read, requests), strict=True):
+            if isinstance(result, DataError):
+                skip(request, result)
             else:
-                yield found[0], (job, found[1])
+                yield result[0], (request, result[1])
 
     wanted = "confidence" in outputs
-    for (job, image), label, confidence in segment(deployed.network, frames(), settings.inference, confidence=wanted):
-        level = None if confidence is None else Fetched((confidence * 255).round().to(torch.uint8))
-        yield _Prediction(job, image, Fetched(label), level)
+    results = segment(trained.network, read_all(), settings.inference, confidence=wanted)
+    for (request, pixels), label, confidence in results:
+        level = None if confidence is None else HostCopy((confidence * 255).round().to(torch.uint8))
+        yield _Prediction(request, pixels, HostCopy(label), level)
 
 
-def _write(classes: ClassTable, prediction: _Prediction) -> _Job:
+def _write(classes: ClassTable, prediction: _Prediction) -> _Request:
     """Write the outputs of one image.
 
-    In numpy, because torch would start threads of its own in each writing thread.
+    This uses numpy, because torch would start further threads in each writing thread.
     """
     colors = np.array(classes.palette(), dtype=np.uint8).reshape(256, 3)
     label = prediction.label.numpy()
-    for output, path in prediction.job.targets.items():
+    for output, path in prediction.request.files.items():
         if output == "train-id":
             pixels = label
         elif output == "label-id":
@@ -215,9 +224,9 @@ def _write(classes: ClassTable, prediction: _Prediction) -> _Job:
         elif output == "color":
             pixels = colors.take(label, axis=0)  # H W 3
         else:
-            assert prediction.image is not None
+            assert prediction.pixels is not None
             blend = (OVERLAY * colors.astype(np.float32)).take(label, axis=0)  # H W 3
-            blend += (1 - OVERLAY) * prediction.image.permute(1, 2, 0).numpy()
+            blend += (1 - OVERLAY) * prediction.pixels.permute(1, 2, 0).numpy()
             pixels = blend.round(out=blend).astype(np.uint8)
         write_png(path, pixels)
-    return prediction.job
+    return prediction.request

@@ -1,9 +1,9 @@
 """The verb `pseudo-label`: checkpoint + images -> a labelled dataset. K classes, H W pixels of one image.
 
-<out>/index.json                    a prepared dataset with one split, "train": `cluda train --source <out>`
+<out>/index.json                    a prepared dataset with one split, "train", for `cluda train --source <out>`
 <out>/labels/train/<image>.png      train ids of the checkpoint, 255 where the confidence is too low
 <out>/confidence/train/<image>.png  softmax probability of the most probable class, 0..255 = 0..1
-<out>/manifest.json                 what made it, thresholds, coverage
+<out>/manifest.json                 checkpoint, dataset, thresholds, coverage
 """
 
 import json
@@ -20,23 +20,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluda_cli import __version__, console
-from cluda_cli.commands.predict import unique_names
+from cluda_cli.commands.predict import make_unique
 from cluda_cli.data.index import Index, Item, find
 from cluda_cli.data.labels import IGNORE
 from cluda_cli.data.transforms import read_image, read_label
 from cluda_cli.errors import SettingsError
 from cluda_cli.files import sha256, write_json
 from cluda_cli.inference.device import pick_device
-from cluda_cli.inference.metrics import histogram
-from cluda_cli.inference.prefetch import Fetched, prefetch, write_png
-from cluda_cli.inference.sliding import Frame, segment
-from cluda_cli.inference.weights_file import Deployed, load_weights
+from cluda_cli.inference.metrics import count_values
+from cluda_cli.inference.prefetch import HostCopy, prefetch, write_png
+from cluda_cli.inference.sliding import ResizedImage, fit_image, segment
+from cluda_cli.inference.weights_file import TrainedNetwork, load_weights
 
 Pixels = NDArray[np.uint8]
 KIND = "pseudo-labels"
-THRESHOLD = 0.968  # that of the teacher's confidence weight in DACS
-LARGEST_THRESHOLD = 0.9  # of a class with per_class, as in the released self-training of BDL (Li et al., CVPR 2019)
-LEVELS = torch.arange(256, dtype=torch.float64) / 255  # the confidences that a confidence map can hold
+THRESHOLD = 0.968  # DACS weights pseudo-labels by the share of pixels above it
+LARGEST_THRESHOLD = 0.9  # with per_class, as in the released self-training of BDL (Li et al., CVPR 2019)
+LEVELS = torch.arange(256, dtype=torch.float64) / 255  # confidence of each value of a confidence map
 
 
 def pseudo_label(
@@ -54,54 +54,53 @@ def pseudo_label(
 ) -> Path:
     """Label the images of a split and return the folder, a prepared dataset.
 
-    Pixels below `threshold` (0..1) and those in the margins of the dataset get 255. With `per_class` the threshold of
-    a class is instead the median confidence of the pixels predicted as it, at most 0.9; the median is that of the
-    confidence maps, which hold 256 levels, so it is exact to 0.002. Labels that the split has are not looked at.
+    Pixels get 255 if their confidence is below `threshold` (0..1) or if they lie in the margins of the dataset. With
+    `per_class`, the threshold of a class is instead the median confidence of the pixels predicted as that class, at
+    most 0.9. The median comes from the 256 levels of the confidence maps, so it is exact to 0.002. Labels of the split
+    are not read.
 
-    Raises SettingsError if the folder is taken or the threshold out of range, DataError for unusable files.
+    Raises SettingsError if the folder is taken or the threshold out of range, DataError if a file cannot be used.
     """
     if not 0 <= threshold <= 1:
         raise SettingsError(f"{threshold} is not in 0..1", "--threshold", "0 keeps every pixel, 0.968 is usual")
     chosen = pick_device(device)
-    deployed = load_weights(checkpoint, chosen)
-    data, names = deployed.settings.data, deployed.classes.names
+    trained = load_weights(checkpoint, chosen)
+    data, names = trained.settings.data, trained.classes.names
     index = find(dataset or data.target, data_root or data.root)
     index.split(split)
     out = out or checkpoint.parent / KIND / f"{index.name}-{split}"
-    _take(out, overwrite)
-    if dataset is None and data.target_margins is not None:  # they are those of the run's target
+    _claim(out, overwrite)
+    if dataset is None and data.target_margins is not None:  # the margins of the run's target
         index = replace(index, margins=data.target_margins)
-
-    items, histogram = _label(deployed, index, split, out, 0.0 if per_class else threshold)
+    items, histogram = _label(trained, index, split, out, 0.0 if per_class else threshold)
     thresholds: list[float | None] = [threshold] * len(names)
     if per_class:
-        thresholds = median_thresholds(histogram)
-        items = _apply(out, items, thresholds)
-    made = Index(
-        f"{index.name}-{split}-{KIND}", out, index.root, deployed.classes, {"train": tuple(items)}, index.margins
-    )
+        thresholds = compute_thresholds(histogram)
+        items = _apply_thresholds(out, items, thresholds)
+    name, splits = f"{index.name}-{split}-{KIND}", {"train": tuple(items)}
+    made = Index(name, out, index.root, trained.classes, splits, index.margins)
     origin = {
         "kind": KIND,
         "version": __version__,
         "checkpoint": str(checkpoint),
         "sha256": sha256(checkpoint),
-        "network": deployed.network_name,
-        "step": deployed.step,
+        "network": trained.network_name,
+        "step": trained.step,
         "dataset": index.name,
         "split": split,
         "fingerprint": index.fingerprint,
         "per_class": per_class,
         "thresholds": dict(zip(names, thresholds, strict=True)),
     }
-    manifest = origin | _statistics(made, histogram)
+    manifest = origin | _summarise(made, histogram)
     write_json(out / "manifest.json", manifest)
     made.save()  # last: only now the folder is a dataset
     _report(out, manifest, as_json)
     return out
 
 
-def median_thresholds(histogram: Tensor) -> list[float | None]:
-    """min(median confidence, 0.9) per class from counts of confidence levels; None without pixels.  # K 256"""
+def compute_thresholds(histogram: Tensor) -> list[float | None]:
+    """Per class, min(median confidence, 0.9) from its counts of confidence levels; None without pixels.  # K 256"""
     pixels = histogram.sum(1)
     median = (2 * histogram.cumsum(1) >= pixels[:, None]).int().argmax(1)  # K, first level with half of the pixels
     thresholds = LEVELS[median].clamp(max=LARGEST_THRESHOLD).tolist()
@@ -110,49 +109,49 @@ def median_thresholds(histogram: Tensor) -> list[float | None]:
 
 @dataclass(frozen=True)
 class _Prediction:
-    """One labelled image, on its way to main memory."""
+    """Pseudo-label and confidence of an image."""
 
     item: Item
-    label: Fetched  # uint8 H W, 255 below the threshold and in the margins
-    level: Fetched  # uint8 H W, confidence
+    label: HostCopy  # uint8 H W, 255 below the threshold and in the margins
+    level: HostCopy  # uint8 H W, confidence 0..255 = 0..1
 
 
-def _label(deployed: Deployed, index: Index, split: str, out: Path, threshold: float) -> tuple[list[Item], Tensor]:
-    """Write label and confidence of every image of the split; items, and the histogram over all.  # K 256
+def _label(trained: TrainedNetwork, index: Index, split: str, out: Path, threshold: float) -> tuple[list[Item], Tensor]:
+    """Write label and confidence of every image of the split. Returns the items and a histogram.
 
-    The histogram counts the pixels of each predicted class and level of confidence outside the margins.
+    The histogram, int64 K 256, counts the pixels outside the margins by predicted class and level of confidence.
     """
-    items, device = [], next(deployed.network.parameters()).device
-    total = torch.zeros(len(deployed.classes), 256, dtype=torch.int64, device=device)
+    items, device = [], next(trained.network.parameters()).device
+    total = torch.zeros(len(trained.classes), 256, dtype=torch.int64, device=device)
     with console.Progress(f"labelling {index.name} {split}", len(index.split(split))) as progress:
-        for item in prefetch(partial(_write, out), _predictions(deployed, index, split, threshold, total)):
+        for item in prefetch(partial(_write, out), _predict_all(trained, index, split, threshold, total)):
             items.append(item)
             progress.advance()
     return items, total.cpu()
 
 
-def _predictions(
-    deployed: Deployed, index: Index, split: str, threshold: float, total: Tensor
+def _predict_all(
+    trained: TrainedNetwork, index: Index, split: str, threshold: float, total: Tensor
 ) -> Iterator[_Prediction]:
-    """Images are decoded ahead of the network. Adds to the histogram `total`."""
-    items, settings = index.split(split), deployed.settings
-    names = unique_names(Path(item.image).stem for item in items)
+    """Yield the prediction of each image, while threads read the next ones. Adds to the histogram `total`."""
+    items, settings = index.split(split), trained.settings
+    names = make_unique(Path(item.image).stem for item in items)
     top, bottom, left, right = index.margins
 
-    def read(named: tuple[Item, str]) -> tuple[Frame, tuple[Item, str]]:
-        return Frame.of(read_image(index.image_path(named[0])), settings.data.target_box, total.device), named
+    def read(named: tuple[Item, str]) -> tuple[ResizedImage, tuple[Item, str]]:
+        return fit_image(read_image(index.image_path(named[0])), settings.data.target_box, total.device), named
 
-    frames = prefetch(read, zip(items, names, strict=True))
-    for (item, name), label, confidence in segment(deployed.network, frames, settings.inference, confidence=True):
+    images = prefetch(read, zip(items, names, strict=True))
+    for (item, name), label, confidence in segment(trained.network, images, settings.inference, confidence=True):
         assert confidence is not None
         level = (confidence * 255).round().to(torch.uint8)
         height, width = label.shape
         inner = (slice(top, max(height - bottom, 0)), slice(left, max(width - right, 0)))
-        total += histogram(label[inner].int() * 256 + level[inner], total.numel()).view_as(total)
+        total += count_values(label[inner].int() * 256 + level[inner], total.numel()).view_as(total)
         kept = torch.full_like(label, IGNORE)
         kept[inner] = torch.where(confidence >= threshold, label, kept)[inner]
         labelled = Item(item.image, f"labels/train/{name}.png", (height, width))
-        yield _Prediction(labelled, Fetched(kept), Fetched(level))
+        yield _Prediction(labelled, HostCopy(kept), HostCopy(level))
 
 
 def _write(out: Path, prediction: _Prediction) -> Item:
@@ -161,7 +160,7 @@ def _write(out: Path, prediction: _Prediction) -> Item:
 
 
 def _write_label(out: Path, item: Item, label: Pixels) -> Item:
-    """Write the label; the item with its pixel counts."""
+    """Write the label. Returns the item with its pixel counts."""
     assert item.label is not None
     write_png(out / item.label, label)
     counts = np.bincount(label.ravel(), minlength=256)[:IGNORE].tolist()
@@ -173,9 +172,9 @@ def _confidence_path(out: Path, item: Item) -> Path:
     return out / "confidence" / Path(item.label).relative_to("labels")
 
 
-def _apply(out: Path, items: Sequence[Item], thresholds: Sequence[float | None]) -> list[Item]:
-    """Second pass with per-class thresholds, over the files of the first."""
-    keep = np.zeros((256, 256), dtype=np.bool_)  # train id, level
+def _apply_thresholds(out: Path, items: Sequence[Item], thresholds: Sequence[float | None]) -> list[Item]:
+    """Read the written labels again and set pixels below the threshold of their class to 255."""
+    keep = np.zeros((256, 256), dtype=np.bool_)  # train id, level of confidence
     for train_id, threshold in enumerate(thresholds):
         if threshold is not None:
             keep[train_id] = threshold <= LEVELS.numpy()
@@ -194,17 +193,19 @@ def _rewrite(out: Path, keep: NDArray[np.bool_], item: Item) -> Item:
     return _write_label(out, item, label)
 
 
-def _take(out: Path, overwrite: bool) -> None:
-    """Refuse a folder with contents, unless it holds pseudo-labels that may be replaced; these stop being a dataset."""
+def _claim(out: Path, overwrite: bool) -> None:
+    """Mark the folder as one of pseudo-labels and remove an earlier index, so that it is no dataset until the end.
+
+    Raises SettingsError if the folder has contents other than pseudo-labels that may be replaced.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not overwrite:
-            raise SettingsError(
-                "exists and is not empty", out, "replace it with --overwrite, or name another with --out"
-            )
+            remedy = "replace it with --overwrite, or name another with --out"
+            raise SettingsError("exists and is not empty", out, remedy)
         if not _is_ours(out):
-            raise SettingsError("holds something else than pseudo-labels", out, "name another folder with --out")
+            raise SettingsError("holds something other than pseudo-labels", out, "name another folder with --out")
     (out / "index.json").unlink(missing_ok=True)
-    write_json(out / "manifest.json", {"kind": KIND})  # marks the folder as ours, even if we do not get to the end
+    write_json(out / "manifest.json", {"kind": KIND})  # `_is_ours` reads it
 
 
 def _is_ours(out: Path) -> bool:
@@ -214,8 +215,8 @@ def _is_ours(out: Path) -> bool:
         return False
 
 
-def _statistics(made: Index, histogram: Tensor) -> dict[str, Any]:
-    """Coverage is the share of all pixels that got a label; the mean confidence is over all outside the margins."""
+def _summarise(made: Index, histogram: Tensor) -> dict[str, Any]:
+    """Coverage, the share of all pixels that got a label, mean confidence outside the margins, and counts by class."""
     items, pixels = made.splits["train"], made.class_pixels("train")
     labelled, inside = sum(pixels), histogram.sum().item()
     shares = [count / labelled if labelled else 0.0 for count in pixels]
@@ -230,7 +231,7 @@ def _statistics(made: Index, histogram: Tensor) -> dict[str, Any]:
 
 
 def _report(out: Path, manifest: dict[str, Any], as_json: bool) -> None:
-    """The folder (or the manifest) to stdout; coverage, what is missing and the next command to stderr."""
+    """Print the folder or the manifest to stdout, and coverage, absent classes and the next command to stderr."""
     if as_json:
         console.result_json({"folder": str(out)} | manifest)
     else:
@@ -245,6 +246,5 @@ def _report(out: Path, manifest: dict[str, Any], as_json: bool) -> None:
     if manifest["coverage"] == 0:
         console.warn("no pixel is confident enough: lower --threshold, or use --per-class")
         return
-    console.info(
-        f"next: cluda train --source {shlex.quote(str(out))} ...   (images are then resized by data.source_box)"
-    )
+    source = shlex.quote(str(out))
+    console.info(f"next: cluda train --source {source} ...   (images are then resized by data.source_box)")

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from cluda_cli import console
-from cluda_cli.commands.evaluate import announce_classes, score
 from cluda_cli.data import index as prepared
 from cluda_cli.data.batch import Batch, to_device
 from cluda_cli.data.index import Index, joint_classes
@@ -27,6 +26,7 @@ from cluda_cli.engine.sharding import unsharded
 from cluda_cli.engine.step import training_step
 from cluda_cli.errors import CludaError, Interrupted, RunError
 from cluda_cli.inference.device import pick_device
+from cluda_cli.inference.scoring import compare_classes, score
 from cluda_cli.models.multires import MultiResolution
 from cluda_cli.settings import Decoder, Masking, Settings
 
@@ -91,7 +91,7 @@ def _build(
     if not resume:
         files.refuse_taken(overwrite)
     if target.labelled("val"):
-        announce_classes(target.classes, joint_classes(sources))
+        compare_classes(target.classes, joint_classes(sources))
     run = Run(settings, sources, device, resumed=resume)
     if resume:
         files.resume(run, sources, target)
@@ -141,8 +141,9 @@ def _validate(run: Run, files: RunFolder, target: Index, stop: "_StopRequest") -
     settings, data = run.settings, run.settings.data
     with stop.immediate(), unsharded(run.evaluated):
         scores = score(
-            run.evaluated, target, "val", run.classes, run.seen, data.target_box, settings.inference, run.device
-        )
+            run.evaluated, target, split="val", classes=run.classes, seen=run.seen, box=data.target_box,
+            evaluation=settings.inference, device=run.device,
+        )  # fmt: skip
     miou, accuracy = scores.miou, scores.pixel_accuracy
     best = math.isfinite(miou) and (run.best is None or miou > run.best["miou"])
     if best:

@@ -26,9 +26,10 @@ from cluda_cli.data.index import Index
 from cluda_cli.distributed import collectives
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.sharding import gather_state
+from cluda_cli.engine.state_file import load_state, save_state
 from cluda_cli.errors import DataError, SettingsError
 from cluda_cli.files import remove_temporaries, write_json, write_text
-from cluda_cli.inference.weights_file import load_state, save_state, save_weights
+from cluda_cli.inference.weights_file import NetworkDescription, save_weights
 
 
 class RunFolder:
@@ -114,7 +115,10 @@ class RunFolder:
         name = run.settings.evaluation.network
         state = gather_state(run.evaluated.state_dict())
         if not collectives.rank():
-            save_weights(path, state, run.settings, run.classes, run.seen, name, run.step)
+            described = NetworkDescription(
+                settings=run.settings, classes=run.classes, seen=run.seen, network_name=name, step=run.step
+            )
+            save_weights(path, state, described, normalisation=run.evaluated.normalisation)
 
     def log(self, line: dict[str, Any]) -> None:
         """Append a line to the metrics; NaN becomes null, which every JSON reader accepts."""

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from cluda_cli.adaptation.views import View
 from cluda_cli.data.batch import Batch
-from cluda_cli.data.transforms import denormalise, normalise
 from cluda_cli.distributed import collectives
 from cluda_cli.engine.run import Run
 from cluda_cli.files import atomic
@@ -35,14 +34,14 @@ def write_pictures(path: Path, run: Run, batch: Batch, views: Sequence[View]) ->
     if collectives.rank():
         return
     for i in range(len(images)):
-        shown = images[i] if source is None else _shown(source, i)
+        shown = images[i] if source is None else _shown(source, i, run)
         tiles = [shown, _paint(label[i], colors), batch["target"].image[i]]
         if mixed is not None:
             if mixed.pseudo_label is not None:
                 tiles.append(_paint(mixed.pseudo_label[i], colors))
-            tiles += [_shown(mixed, i), _paint(mixed.label[i], colors)]
+            tiles += [_shown(mixed, i, run), _paint(mixed.label[i], colors)]
         if masked is not None:
-            tiles.append(_shown(masked, i))
+            tiles.append(_shown(masked, i, run))
         tiles.append(_paint(prediction[i], colors))
         rows.append(torch.cat([F.pad(tile.cpu(), (0, GAP), value=255) for tile in tiles], dim=2))  # 3 H (n W)
     sheet = torch.cat([F.pad(row, (0, 0, 0, GAP), value=255) for row in rows], dim=1)
@@ -55,14 +54,14 @@ def _predict(run: Run, image: Tensor) -> Tensor:
     """Student's train ids on target images B 3 H W.  # B H W"""
     training = run.student.training
     run.student.eval()
-    logits = run.student(normalise(image)).logits
+    logits = run.student(run.student.normalisation.apply(image)).logits
     run.student.train(training)
     return F.interpolate(logits, image.shape[-2:], mode="bilinear", align_corners=False).argmax(1)
 
 
-def _shown(view: View, i: int) -> Tensor:
+def _shown(view: View, i: int, run: Run) -> Tensor:
     """One image of a view in 0..255, its detail crop framed.  # uint8 3 H W"""
-    image = (denormalise(view.image[i]).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    image = (run.student.normalisation.invert(view.image[i]).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
     if view.boxes is not None:
         (top, left), (high, wide) = view.boxes.corner[i].tolist(), view.boxes.size
         frame = torch.zeros(image.shape[1:], dtype=torch.bool)

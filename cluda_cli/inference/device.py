@@ -1,4 +1,4 @@
-"""Where a run happens."""
+"""The device of a run or a verb."""
 
 import torch
 
@@ -6,9 +6,9 @@ from cluda_cli.errors import EnvironmentProblem
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the first GPU if there is one, else the CPU.
+    """The device of that name. "auto" is the first GPU, or the CPU without a GPU.
 
-    Raises EnvironmentProblem if it is not there.
+    Raises EnvironmentProblem if torch cannot use the device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""Confusion counts and what follows from them: IoU, accuracy, the 16- and 13-class protocols. K classes."""
+"""Confusion counts and the scores computed from them: IoU, accuracy, the 16- and 13-class protocols. K classes."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from torch import Tensor
 from cluda_cli.data.labels import IGNORE, PROTOCOLS, ClassTable
 
 
-def histogram(values: Tensor, bins: int) -> Tensor:
-    """How often each of 0..bins-1 occurs among integers of any shape.  # int64 bins
+def count_values(values: Tensor, bins: int) -> Tensor:
+    """Count how often each of 0..bins-1 occurs among integers of any shape.  # int64 bins
 
-    `bincount`, which on a GPU would read the largest value back and so wait.
+    On a GPU, `bincount` would wait for the device, to read the largest value. `scatter_add_` does not wait.
     """
     values = values.flatten()
     if values.device.type == "cpu":
@@ -25,7 +25,8 @@ def histogram(values: Tensor, bins: int) -> Tensor:
 class Confusion:
     """Exact pixel counts, rows = label, columns = prediction.
 
-    A network with more classes than the labels has more columns; predictions there are errors of the label's class.
+    If the network has more classes than the labels, there are more columns than rows. Predictions of the further
+    classes are errors of the labelled class.
     """
 
     def __init__(
@@ -34,15 +35,14 @@ class Confusion:
         self.counts = torch.zeros(num_classes, num_predicted or num_classes, dtype=torch.int64, device=device)
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
-        """Count the pixels of one or more images; pixels labelled 255 are left out.
+        """Count the pixels of one or more images, except those labelled 255.
 
-        Train ids of equal shape and any integer type: labels below the number of rows, or 255, predictions below
-        the number of columns. The caller checks them, because on a GPU a check here would wait for the device, which
-        nothing here does.
+        Both are train ids of one shape and any integer type. Labels are below the number of rows, or 255. Predictions
+        are below the number of columns. The caller checks this, because a check here would wait for a GPU.
         """
         rows, columns = self.counts.shape
-        pair = label.int() * columns + prediction  # also where ignored: cheaper than to select the others
-        self.counts += histogram(pair, (IGNORE + 1) * columns).view(-1, columns)[:rows]
+        pair = label.int() * columns + prediction  # counts ignored pixels too: cheaper than selecting the others
+        self.counts += count_values(pair, (IGNORE + 1) * columns).view(-1, columns)[:rows]
 
     @property
     def iou(self) -> Tensor:
@@ -52,87 +52,89 @@ class Confusion:
 
     @property
     def accuracy(self) -> Tensor:
-        """Share of each class's pixels that are right, 0..1, float64; NaN where a class has no label."""
+        """Share of each class's labelled pixels that are predicted right, 0..1, float64; NaN without such pixels."""
         intersect, label, _ = self._areas()
         return intersect / label
 
     @property
     def pixel_accuracy(self) -> float:
-        """Share of all labelled pixels that are right, 0..1; NaN where nothing is labelled."""
+        """Share of all labelled pixels that are predicted right, 0..1; NaN without labelled pixels."""
         intersect, label, _ = self._areas()
         return float(intersect.sum() / label.sum())
 
     def _areas(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels of each class that are right, that are labelled so, that are predicted so; float64 is exact here."""
+        """Per class, the number of pixels predicted right, labelled, and predicted. float64 holds these exactly."""
         counts = self.counts.cpu().double()
         return counts.diagonal(), counts.sum(1), counts.sum(0)[: len(counts)]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """How well a network does on the labelled images of a split."""
+    """Scores of a network on the labelled images of a split."""
 
     classes: ClassTable
     """The network's classes."""
     seen: tuple[str, ...]
-    """Names of the classes that the source had."""
+    """Names of the classes that occur in the source labels."""
     defined: tuple[str, ...]
-    """Names of the classes that the labels can have; others have no IoU."""
+    """Names of the dataset's classes. Other classes of the network have no IoU."""
     confusion: Confusion
-    """Over the network's classes."""
+    """Both axes are the network's classes."""
     images: int
 
     @property
     def unseen(self) -> tuple[str, ...]:
-        """Names of the network's classes that the source never had."""
+        """Names of the network's classes that do not occur in the source labels."""
         return tuple(name for name in self.classes.names if name not in self.seen)
 
     @property
     def miou(self) -> float:
-        """Mean IoU over the seen classes, percent; NaN where there is none."""
-        return self._mean(self.confusion.iou, self.seen)
+        """Mean IoU over the seen classes, percent; NaN if none of them has one."""
+        return self._average(self.confusion.iou, self.seen)
 
     @property
     def pixel_accuracy(self) -> float:
-        """Share of all labelled pixels that are right, percent."""
+        """Share of all labelled pixels that are predicted right, percent."""
         return 100 * self.confusion.pixel_accuracy
 
     @property
     def mean_accuracy(self) -> float:
-        """Mean over the classes of `miou` of the share of their pixels that are right, percent."""
-        return self._mean(self.confusion.accuracy, self.seen)
+        """Mean accuracy over the seen classes, percent."""
+        return self._average(self.confusion.accuracy, self.seen)
 
     def iou_by_name(self) -> dict[str, float]:
-        """IoU of every class, percent; NaN where a class has none."""
-        named = self._named(self.confusion.iou)
-        return {name: 100 * value if name in self.defined else torch.nan for name, value in named}
+        """IoU of every class, percent; NaN for a class without one."""
+        pairs = self._pair_with_names(self.confusion.iou)
+        return {name: 100 * value if name in self.defined else torch.nan for name, value in pairs}
 
     def protocols(self) -> dict[str, dict[str, Any]]:
-        """Per protocol the mean and the IoU of each class: percent, two decimals, None where there is none.
+        """Mean IoU and IoU of each class by protocol: percent, two decimals; None where there is none.
 
-        "all" takes the seen classes, with the mean over all classes beside it. The 16- and 13-class protocols of
-        SYNTHIA -> Cityscapes, for networks with the Cityscapes classes, average exactly the classes they name.
+        The protocol "all" averages the seen classes and gives the mean over all classes too. A network with the
+        Cityscapes classes also gets the 16- and 13-class protocols of SYNTHIA -> Cityscapes. Each averages exactly the
+        classes that it names.
         """
         iou = self.confusion.iou
-        everything = {"miou": percent(self.miou), "miou_with_unseen": percent(self._mean(iou, self.classes.names))}
-        result = {"all": everything | {"classes": self._rounded(self.seen)}}
+        with_unseen = round_percent(self._average(iou, self.classes.names))
+        means = {"miou": round_percent(self.miou), "miou_with_unseen": with_unseen}
+        result = {"all": means | {"classes": self._round_iou(self.seen)}}
         for protocol, names in PROTOCOLS.items() if self.classes.is_cityscapes else ():
-            result[protocol] = {"miou": percent(self._mean(iou, names)), "classes": self._rounded(names)}
+            result[protocol] = {"miou": round_percent(self._average(iou, names)), "classes": self._round_iou(names)}
         return result
 
-    def _named(self, values: Tensor) -> list[tuple[str, float]]:
+    def _pair_with_names(self, values: Tensor) -> list[tuple[str, float]]:
         return list(zip(self.classes.names, values.tolist(), strict=True))
 
-    def _mean(self, values: Tensor, names: Collection[str]) -> float:
+    def _average(self, values: Tensor, names: Collection[str]) -> float:
         """Mean over the named classes that have a value, percent."""
-        chosen = [value for name, value in self._named(values) if name in names and name in self.defined]
+        chosen = [value for name, value in self._pair_with_names(values) if name in names and name in self.defined]
         return 100 * float(torch.tensor(chosen, dtype=torch.float64).nanmean())
 
-    def _rounded(self, names: Collection[str]) -> dict[str, float | None]:
-        """IoU of the named classes; None for the others."""
-        return {name: percent(value) if name in names else None for name, value in self.iou_by_name().items()}
+    def _round_iou(self, names: Collection[str]) -> dict[str, float | None]:
+        """IoU of the named classes, percent, two decimals; None for the other classes."""
+        return {name: round_percent(value) if name in names else None for name, value in self.iou_by_name().items()}
 
 
-def percent(value: float) -> float | None:
-    """Two decimals, for people and JSON; NaN becomes None."""
+def round_percent(value: float) -> float | None:
+    """Round a percentage to two decimals; NaN becomes None, which JSON can hold."""
     return None if value != value else round(value, 2)

@@ -1,4 +1,4 @@
-"""What happens beside the network: decoding ahead of it, copies to and from a GPU, writing behind it. H W pixels."""
+"""Work that overlaps with the network: threads that read and write, and copies to and from a GPU. H W pixels."""
 
 import os
 import zlib
@@ -19,21 +19,21 @@ from cluda_cli.files import atomic
 T = TypeVar("T")
 R = TypeVar("R")
 
-THREADS = min(max(os.cpu_count() or 1, 4), 16)  # that decode images ahead of the network, or write results behind it
+THREADS = min(max(os.cpu_count() or 1, 4), 16)  # that read images before the network needs them, or write results
 
 
 def pin_memory(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor that a GPU can copy while it computes; for other devices as it is."""
+    """Pin the memory of a tensor if `device` is a GPU, so that it copies the tensor while it computes."""
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A pinned tensor on the device; a GPU copies it when it comes to it."""
+    """Copy a pinned tensor to the device. The caller does not wait for a GPU."""
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
-class Fetched:
-    """A tensor on its way to main memory. Only who reads it waits for the GPU."""
+class HostCopy:
+    """A copy of a tensor in main memory. Only `numpy` waits for the GPU to finish the copy."""
 
     def __init__(self, tensor: Tensor) -> None:
         on_gpu = tensor.device.type == "cuda"
@@ -47,7 +47,7 @@ class Fetched:
 
 
 def prefetch(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """`map` in order, computed in threads a few items ahead. An exception surfaces at its item."""
+    """`map` in threads, a few items ahead. Results keep their order. An exception is raised at its item."""
     pending: deque[Future[R]] = deque()
     with ThreadPoolExecutor(THREADS) as pool:
         try:
@@ -58,14 +58,14 @@ def prefetch(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
             while pending:
                 yield pending.popleft().result()
         finally:
-            for future in pending:  # after an error or Ctrl-C nothing more is begun
+            for future in pending:  # after an error or Ctrl-C no other item begins
                 future.cancel()
 
 
 def write_png(path: Path, pixels: NDArray[np.uint8]) -> None:
     """Write grey (H W) or RGB (H W 3) pixels atomically as PNG.
 
-    Run lengths alone take a quarter of the time of Pillow's usual compression of an overlay, and as many bytes.
+    For an overlay, run-length compression takes a quarter of the time of Pillow's default and gives as many bytes.
     """
     with atomic(path) as temporary:
         Image.fromarray(pixels).save(temporary, format="PNG", compress_type=zlib.Z_RLE)

@@ -1,29 +1,28 @@
 """Every encoder behind one contract: Mix Transformers, timm models with a pyramid of maps, and plain ViTs of timm.
 
 The contract: `channels` and `strides` of the four maps, `pad_multiple` (height and width of an image must be multiples
-of it), and forward(image B 3 H W) -> four maps B C ceil(H/stride) ceil(W/stride). The first map is the finest.
+of it), `normalisation` of the images, and forward(image B 3 H W) -> four maps B C ceil(H/stride) ceil(W/stride). The
+first map is the finest.
 """
 
 import difflib
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import timm
-from torch import Size, Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cluda_cli import settings
 from cluda_cli.errors import DataError, SettingsError
 from cluda_cli.files import sha256
 from cluda_cli.models.mit import VARIANTS, MixTransformer
-from cluda_cli.models.published import encoders as weights
-from cluda_cli.models.timm_encoders import WHERE, PlainViT, TimmEncoder, is_plain, no_dilation
+from cluda_cli.models.published.encoders import match_encoder, read_tensors
+from cluda_cli.models.published.hub import locate
+from cluda_cli.models.timm_encoders import PlainViT, TimmEncoder, dilation_error, is_plain
 
 Encoder = MixTransformer | TimmEncoder | PlainViT
 MIN_MATCHED = 0.99
 """Share of the encoder's tensors that a file must fill: a half-loaded encoder trains, but badly and without a word."""
-HEADS = ("head.", "classifier.", "fc.")  # of classifiers; expected to be left over
-COUNTER = "num_batches_tracked"  # of batch norms; nothing reads it while their momentum is set
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,10 @@ def build_encoder(model: settings.Model) -> Encoder:
     if model.encoder not in VARIANTS and not timm.is_model(model.encoder):
         close = difflib.get_close_matches(model.encoder, [*VARIANTS, *timm.list_models()], n=3)
         remedy = f"did you mean {' or '.join(close)}?" if close else "name mit_b0 ... mit_b5 or a timm model"
-        raise SettingsError(f'there is no encoder "{model.encoder}"', WHERE, remedy)
+        raise SettingsError(f'there is no encoder "{model.encoder}"', "model.encoder", remedy)
     plain = is_plain(model.encoder)
     if (plain or model.encoder in VARIANTS) and model.output_stride < 32:
-        raise no_dilation(model.encoder)
+        raise dilation_error(model.encoder)
     if model.encoder in VARIANTS:
         encoder: Encoder = MixTransformer(model.encoder, model.drop_path)
     elif plain:
@@ -88,23 +87,25 @@ def build_encoder(model: settings.Model) -> Encoder:
 
 
 def load_pretrained(encoder: nn.Module, model: settings.Model) -> LoadReport | None:
-    """Load the weights that `model.weights` names into `encoder`; None where it is false.
+    """Load the weights that `model.weights` names into `encoder`, whatever their precision; None where it is false.
 
-    Raises DataError for a file that is missing, damaged or does not fit, EnvironmentProblem where the hub cannot be
-    reached, SettingsError where the hub has no such weights.
+    Raises DataError for a file that is missing, damaged or holds fewer than MIN_MATCHED of the encoder's tensors, which
+    leaves the encoder as it was; EnvironmentProblem where the hub cannot be reached; SettingsError where the hub has no
+    such weights.
     """
     if model.weights is False:
         return None
-    file = weights.locate(model.weights, model.encoder)
-    tensors = weights.to_encoder_names(weights.read(file.path), model.encoder)
-    shapes = {weights.flat(name): tensor.shape for name, tensor in encoder.state_dict().items()}
-    if _fitting(tensors, shapes) < len(shapes):
-        tensors = max(tensors, weights.from_authors(tensors, model.encoder), key=lambda t: _fitting(t, shapes))
-    return _load(encoder, tensors, file)
-
-
-def _fitting(tensors: Mapping[str, Tensor], shapes: Mapping[str, Size]) -> int:
-    return sum(shapes.get(weights.flat(name)) == tensor.shape for name, tensor in tensors.items())
+    file = locate(model.weights, model.encoder)
+    match = match_encoder(encoder.state_dict(), read_tensors(file.path), model.encoder)
+    matched, mismatched = len(match.fitting), tuple(match.mismatched)
+    total = matched + len(mismatched) + len(match.missing)
+    report = LoadReport(
+        file.origin, sha256(file.path), matched, total, match.missing, match.unexpected, mismatched=mismatched
+    )
+    if report.matched < MIN_MATCHED * report.total:
+        raise DataError(report.problem(), file.origin, "check that model.encoder names the network of this file")
+    encoder.load_state_dict({name: tensor.float() for name, tensor in match.fitting.items()}, strict=False)
+    return report
 
 
 def _checkpoint_activations(encoder: nn.Module, model: settings.Model) -> None:
@@ -121,28 +122,3 @@ def _checkpoint_activations(encoder: nn.Module, model: settings.Model) -> None:
         raise SettingsError(f"{model.encoder} cannot compute its blocks again", where, f"set {where}=false")
     for module in able:
         module.grad_checkpointing = not any(inner in able for inner in module.modules() if inner is not module)
-
-
-def _load(encoder: nn.Module, tensors: Mapping[str, Tensor], file: weights.WeightsFile) -> LoadReport:
-    """Copy matching tensors into `encoder`, whatever their precision, and report on all.
-
-    Raises DataError, leaving the encoder as it was, if fewer than MIN_MATCHED of its tensors are in the file.
-    """
-    own = {name: tensor for name, tensor in encoder.state_dict().items() if not name.endswith(COUNTER)}
-    place = {weights.flat(name): name for name in own}
-    found: dict[str, Tensor] = {}
-    unexpected = []
-    for name, tensor in tensors.items():
-        if weights.flat(name) in place:
-            found[place[weights.flat(name)]] = tensor
-        elif not name.endswith(COUNTER) and not name.startswith(HEADS):
-            unexpected.append(name)
-    fitting = {name: tensor.float() for name, tensor in found.items() if tensor.shape == own[name].shape}
-    report = LoadReport(
-        file.origin, sha256(file.path), len(fitting), len(own), missing=tuple(n for n in own if n not in found),
-        unexpected=tuple(unexpected), mismatched=tuple(n for n in found if n not in fitting),
-    )  # fmt: skip
-    if report.matched < MIN_MATCHED * report.total:
-        raise DataError(report.problem(), file.origin, "check that model.encoder names the network of this file")
-    encoder.load_state_dict(fitting, strict=False)
-    return report

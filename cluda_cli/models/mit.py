@@ -14,6 +14,8 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cluda_cli.models.normalisation import IMAGENET
+
 HEADS = (1, 2, 5, 8)
 REDUCTIONS = (8, 4, 2, 1)
 MLP_RATIO = 4
@@ -49,6 +51,7 @@ class MixTransformer(nn.Module):
 
     strides = (4, 8, 16, 32)
     pad_multiple = 1
+    normalisation = IMAGENET
     grad_checkpointing = False
     """Compute blocks again in the backward pass; the name is timm's."""
 

@@ -1,7 +1,7 @@
 """Two resolutions: the context of the whole image and the detail of a part of it (HRDA, arXiv 2204.13132).
 
-B batch, K classes, H W pixels, h w cells of the context, f times as many per axis on the fine grid, a b cells of a
-detail crop, n windows.
+B batch, K classes, H W pixels, h w cells of the context. Per axis, the fine grid has f = `downscale` times as many
+cells. n windows.
 """
 
 import math
@@ -13,19 +13,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cluda_cli import settings
 from cluda_cli.errors import SettingsError
-from cluda_cli.models.boxes import Boxes, Size, random_boxes, window_corners
+from cluda_cli.models.boxes import Boxes, Size, random_boxes
 from cluda_cli.models.decoders import DAFormerDecoder, DeepLabV2Decoder
 from cluda_cli.models.segmenter import Detail, Output, Segmenter
+from cluda_cli.models.windows import average_windows, window_corners
 
-WINDOWS_AT_ONCE = 8  # detail windows in one forward; results do not depend on it
+WINDOWS_AT_ONCE = 8  # detail windows in one forward, to bound memory
 
 
 class MultiResolution(Segmenter):
-    """One encoder and decoder at two resolutions, and a head that says where to trust which (HRDA, section 3).
+    """One encoder and decoder at two resolutions, and a head that weights them against each other (HRDA, section 3).
 
-    In training the detail is one crop of each image; in evaluation, and for pseudo-labels, crops that overlap by half
-    cover the image and their logits are averaged. `crop` is the training crop, height x width in pixels. Raises
-    SettingsError for crops that are no whole number of context cells, or a detail crop that does not fit.
+    In training the detail is one crop of each image. In evaluation, and for pseudo-labels, windows that overlap by
+    half cover the image, and their logits are averaged. `crop` is the training crop, height x width in pixels.
+
+    Raises SettingsError if a crop is not a whole number of context cells, or if the detail crop does not fit `crop`.
     """
 
     def __init__(self, model: settings.Model, multires: settings.MultiResolution, crop: Size, num_classes: int) -> None:
@@ -39,7 +41,8 @@ class MultiResolution(Segmenter):
         )
         self.downscale, self.blend_late = multires.context_downscale, multires.blend_late
         self.cell = self.stride * self.downscale  # pixels of the image per cell of the context
-        self.detail_crop = _detail_crop(multires.detail_crop, crop, self.cell)
+        self.detail_crop = _choose_detail_crop(multires.detail_crop, crop, self.cell)
+        self.detail_stride = _halve(self.detail_crop, self.cell)  # of the windows that cover an image
 
     @property
     def pad_multiple(self) -> int:
@@ -54,70 +57,60 @@ class MultiResolution(Segmenter):
         return [self.decoder, self.scale_attention] if hasattr(self, "scale_attention") else [self.decoder]
 
     def draw_boxes(self, count: int, image: Size, generator: torch.Generator) -> Boxes:
-        """Where to look closely: one place for all images, on the grid of the context."""
+        """Draw the detail crop: one box for all images, on the grid of the context."""
         return random_boxes(count, image, self.detail_crop, self.cell, generator)
 
     def forward(self, image: Tensor, boxes: Boxes | None = None) -> Output:
-        """In training, `boxes` are where to look closely; None lets the network choose, for each image, the window
-        of which its context is least certain."""
+        """In training, `boxes` are the detail crops. None lets the network choose one for each image: the window in
+        which the logits of its context have the largest entropy."""
         context = F.interpolate(image, scale_factor=1 / self.downscale, mode="bilinear")
         maps = self.encoder(context)
         logits, fused = self.decoder(maps)  # B K h w, B D h w
         size = (logits.shape[2] * self.downscale, logits.shape[3] * self.downscale)
         detail = None
         if self.training:
-            boxes = boxes or self._uncertain_boxes(logits.detach())
+            boxes = boxes or self._choose_boxes(logits.detach())
             detail = Detail(boxes, *self.decoder(self.encoder(boxes.crop(image))))
-            fine = boxes.over(self.stride).paste(_single(detail.logits), size)  # B K f*h f*w
+            fine = boxes.over(self.stride).paste(_promote_to_float32(detail.logits), size)  # B K f*h f*w
         else:
-            fine = self._sliding_detail(image, size)
-        attention = _single(self.scale_attention(maps)[0]).sigmoid()  # B K h w
+            fine = self._average_detail(image)
+        attention = _promote_to_float32(self.scale_attention(maps)[0]).sigmoid()  # B K h w
         if detail is not None:
             attention = attention * detail.boxes.over(self.cell).inside(logits.shape[2:])[:, None]
-        return Output(self._blend(_single(logits), fine, attention, size), fused, maps, context, detail)
+        return Output(self._blend(_promote_to_float32(logits), fine, attention, size), fused, maps, context, detail)
 
     def _blend(self, context: Tensor, fine: Tensor, attention: Tensor, size: Size) -> Tensor:
-        """Fine logits where attended, context logits elsewhere (HRDA, section 3).  # B K f*h f*w"""
+        """Weight fine and context logits by the attention, 1 = fine (HRDA, section 3).  # B K f*h f*w"""
         upsampled = F.interpolate(attention, size, mode="bilinear")
         if self.blend_late:
             return torch.lerp(F.interpolate(context, size, mode="bilinear"), fine, upsampled)
         return upsampled * fine + F.interpolate((1 - attention) * context, size, mode="bilinear")
 
-    def _sliding_detail(self, image: Tensor, size: Size) -> Tensor:
+    def _average_detail(self, image: Tensor) -> Tensor:
         """Detail logits of the whole image: the mean over overlapping windows (HRDA, section 3).  # B K f*h f*w
 
-        Windows pass a few at a time, to bound memory; all at once where batch norms see them, as the teacher's do.
+        The network sees a few windows at a time, to bound memory. Batch norms in training mode, such as the teacher's,
+        see all windows in one batch.
         """
-        high, wide = (min(part, whole) for part, whole in zip(self.detail_crop, image.shape[2:], strict=True))
-        corners = window_corners(image.shape[2:], (high, wide), self._half((high, wide)))
-        windows = torch.cat([image[..., y : y + high, x : x + wide] for y, x in corners])  # n*B 3 h w
-        batch_norms = [module for module in self.modules() if isinstance(module, _BatchNorm)]
-        at_once = len(windows) if any(norm.training for norm in batch_norms) else WINDOWS_AT_ONCE
-        logits = torch.cat([self.decoder(self.encoder(part))[0] for part in windows.split(at_once)])
-        logits = _single(logits).unflatten(0, (len(corners), -1))  # n B K a b
-        total, coverage = logits.new_zeros(*logits.shape[1:3], *size), logits.new_zeros(size)
-        rows, columns = logits.shape[3:]
-        for (y, x), window in zip(corners, logits, strict=True):
-            y, x = y // self.stride, x // self.stride
-            total[..., y : y + rows, x : x + columns] += window
-            coverage[y : y + rows, x : x + columns] += 1
-        return total / coverage
+        all_at_once = any(isinstance(module, _BatchNorm) and module.training for module in self.modules())
+        return average_windows(
+            image,
+            self.detail_crop,
+            self.detail_stride,
+            lambda windows: _promote_to_float32(self.decoder(self.encoder(windows))[0]),
+            windows_at_once=None if all_at_once else WINDOWS_AT_ONCE,
+            cell=self.stride,
+        )
 
-    def _uncertain_boxes(self, logits: Tensor) -> Boxes:
-        """For each image the detail crop, out of those of evaluation, with the largest mean entropy.  # B K h w"""
-        window = (self.detail_crop[0] // self.cell, self.detail_crop[1] // self.cell)
-        stride = tuple(half // self.cell for half in self._half(self.detail_crop))
-        corner = most_uncertain(entropy(logits), window, stride)
+    def _choose_boxes(self, logits: Tensor) -> Boxes:
+        """For each image, choose the window of evaluation with the largest mean entropy of logits B K h w."""
+        window, stride = ((y // self.cell, x // self.cell) for y, x in (self.detail_crop, self.detail_stride))
+        corner = find_most_uncertain(entropy(logits), window, stride)
         return Boxes(corner * self.cell, self.detail_crop)
-
-    def _half(self, window: Size) -> Size:
-        """Half a window, in whole cells of the context and at least one."""
-        high, wide = (max(side // 2 // self.cell, 1) * self.cell for side in window)
-        return high, wide
 
 
 def build_segmenter(model: settings.Model, crop: Size, num_classes: int) -> Segmenter:
-    """The network of the settings, of one or two resolutions; `crop` is the training crop."""
+    """Build the network of the settings, with one or two resolutions. `crop` is the training crop."""
     network = (
         MultiResolution(model, model.multires, crop, num_classes) if model.multires else Segmenter(model, num_classes)
     )
@@ -125,19 +118,19 @@ def build_segmenter(model: settings.Model, crop: Size, num_classes: int) -> Segm
     return network
 
 
-def _single(tensor: Tensor) -> Tensor:
-    """At least float32: the networks may run in bfloat16, whose eight bits are too few to add up and blend logits."""
+def _promote_to_float32(tensor: Tensor) -> Tensor:
+    """At least float32. The network may run in bfloat16, whose eight bits are too few for sums of logits."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Of the softmax of logits B K h w, as a share of the largest possible one.  # float32 B h w, 0..1"""
+    """Entropy of the softmax of logits B K h w, divided by the largest possible one.  # float32 B h w, 0..1"""
     log_probability = logits.float().log_softmax(dim=1)
     return -(log_probability.exp() * log_probability).sum(dim=1) / math.log(logits.shape[1])
 
 
-def most_uncertain(uncertainty: Tensor, window: Size, stride: Size) -> Tensor:
-    """Top and left of the sliding window with the largest mean, for each map B h w; the first of equals.  # B 2"""
+def find_most_uncertain(uncertainty: Tensor, window: Size, stride: Size) -> Tensor:
+    """Find the window with the largest mean on each map B h w; the first of equals. Its top and left.  # B 2"""
     (high, wide), size = window, (uncertainty.shape[1], uncertainty.shape[2])
     corners = window_corners(size, window, stride)
     means = torch.stack([uncertainty[:, y : y + high, x : x + wide].mean(dim=(1, 2)) for y, x in corners])  # n B
@@ -145,17 +138,20 @@ def most_uncertain(uncertainty: Tensor, window: Size, stride: Size) -> Tensor:
     return corner[means.argmax(dim=0)]
 
 
-def _detail_crop(wanted: Size | None, crop: Size, cell: int) -> Size:
-    """The detail crop in pixels: as set, or half the training crop in whole cells."""
+def _choose_detail_crop(wanted: Size | None, crop: Size, cell: int) -> Size:
+    """The detail crop in pixels: the setting, or half the training crop in whole cells."""
     if any(side % cell for side in crop):
         what = f"with model.multires the crop must be a multiple of {cell}, got {crop[0]} x {crop[1]}"
-        raise SettingsError(what, "data.crop", f"such as {_rounded(crop[0], cell)} x {_rounded(crop[1], cell)}")
-    detail = wanted or (max(crop[0] // 2 // cell, 1) * cell, max(crop[1] // 2 // cell, 1) * cell)
+        height, width = (max(round(side / cell), 1) * cell for side in crop)
+        raise SettingsError(what, "data.crop", f"such as {height} x {width}")
+    detail = wanted or _halve(crop, cell)
     if any(side % cell or side > whole for side, whole in zip(detail, crop, strict=True)):
         what = f"the detail crop must be a multiple of {cell} and fit data.crop, got {detail[0]} x {detail[1]}"
         raise SettingsError(what, "model.multires.detail_crop", "leave it unset for half of data.crop")
     return detail
 
 
-def _rounded(side: int, multiple: int) -> int:
-    return max(round(side / multiple), 1) * multiple
+def _halve(size: Size, cell: int) -> Size:
+    """Half a size in pixels, rounded down to whole cells, at least one cell."""
+    height, width = (max(side // 2 // cell, 1) * cell for side in size)
+    return height, width

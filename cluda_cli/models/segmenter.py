@@ -14,6 +14,7 @@ from cluda_cli import settings
 from cluda_cli.models.boxes import Boxes, Size
 from cluda_cli.models.decoders import DAFormerDecoder, DeepLabV2Decoder
 from cluda_cli.models.encoders import build_encoder
+from cluda_cli.models.normalisation import Normalisation
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,11 @@ class Segmenter(nn.Module):
     def pad_multiple(self) -> int:
         """Images whose height and width are multiples of it fit the network."""
         return self.encoder.pad_multiple
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """What images have to pass before the network sees them."""
+        return self.encoder.normalisation
 
     @property
     def smallest(self) -> int:

@@ -15,13 +15,11 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import Tensor, nn
 
 from cluda_cli.errors import SettingsError
+from cluda_cli.models.normalisation import Normalisation
 
 STRIDES = (4, 8, 16, 32)
-WHERE = "model.encoder"
-REMEDY = "choose a model with a pyramid of maps, such as mit_b5, convnext_tiny or mobilenetv2_100"
-# Not every model knows these.
+# Options of timm.create_model that some models do not have.
 OPTIONAL = ("strict_img_size", "dynamic_img_size", "always_partition", "drop_path_rate", "output_stride")
-PLAIN = ("vision_transformer", "deit", "eva")  # modules of timm that hold plain ViTs
 
 
 class TimmEncoder(nn.Module):
@@ -42,16 +40,15 @@ class TimmEncoder(nn.Module):
         # Where maps share a stride, the last one is the deepest.
         index_of = dict(zip(info.reduction(), info.out_indices, strict=True))
         if not set(STRIDES) <= set(index_of):
-            raise SettingsError(
-                f"{name} has maps at strides {sorted(index_of)}; an encoder needs 4, 8, 16 and 32", WHERE, REMEDY
-            )
+            raise _unsuitable(f"{name} has maps at strides {sorted(index_of)}; an encoder needs 4, 8, 16 and 32")
         if output_stride < STRIDES[-1]:
             options["output_stride"] = output_stride
         if tuple(info.reduction()) != STRIDES or "output_stride" in options:
             # Maps that nobody reads would hold untrained weights.
             self.network = _create(name, **options, out_indices=tuple(index_of[stride] for stride in STRIDES))
         if tuple(self.network.feature_info.reduction()) != self.strides:
-            raise no_dilation(name)
+            raise dilation_error(name)
+        self.normalisation = Normalisation.from_timm(self.network.pretrained_cfg)
         self.channels: tuple[int, ...] = tuple(self.network.feature_info.channels())
         for module in self.network.modules():
             if type(module) in PAD_FIRST:
@@ -80,7 +77,7 @@ class TimmEncoder(nn.Module):
             if shapes in (first, last):
                 self.network.train()
                 return multiple, shapes == first
-        raise _of_one_size(name)
+        raise _unsuitable(f"{name} does not give four maps for images of any size")
 
 
 class _PadFirst:
@@ -132,7 +129,8 @@ class PlainViT(nn.Module):
         info = self.network.feature_info  # one entry per block
         self.patch: int = info[0]["reduction"]
         if len(info) < 4 or any(block["reduction"] != self.patch for block in info):
-            raise SettingsError(f"{name} is no vision transformer of four blocks or more", WHERE, REMEDY)
+            raise _unsuitable(f"{name} is no vision transformer of four blocks or more")
+        self.normalisation = Normalisation.from_timm(self.network.pretrained_cfg)
         self.strides = (4, self.patch, self.patch, self.patch)
         self.channels: tuple[int, ...] = (info[0]["num_chs"],) * 4
         ends = [len(info) * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
@@ -158,22 +156,23 @@ class PlainViT(nn.Module):
             self(torch.zeros(1, 3, 2 * self.patch, 3 * self.patch, device=device))
             self.network.train()
         except Exception:  # a model refuses a size with whatever its first failing operation raises
-            raise _of_one_size(name) from None
+            raise _unsuitable(f"{name} does not give four maps for images of any size") from None
 
 
 def is_plain(name: str) -> bool:
     """Whether timm's model of this name is a plain vision transformer."""
-    return is_model_in_modules(name, PLAIN)
+    return is_model_in_modules(name, ("vision_transformer", "deit", "eva"))
 
 
-def no_dilation(name: str) -> SettingsError:
-    """What to raise for an encoder whose strides are fixed."""
+def dilation_error(name: str) -> SettingsError:
+    """The error for an encoder whose strides are fixed."""
     remedy = "keep 32, or choose an encoder that can be dilated, such as resnet101c"
     return SettingsError(f"{name} cannot trade stride for dilation", "model.output_stride", remedy)
 
 
-def _of_one_size(name: str) -> SettingsError:
-    return SettingsError(f"{name} does not give four maps for images of any size", WHERE, REMEDY)
+def _unsuitable(what: str) -> SettingsError:
+    remedy = "choose a model with a pyramid of maps, such as mit_b5, convnext_tiny or mobilenetv2_100"
+    return SettingsError(what, "model.encoder", remedy)
 
 
 def _create(name: str, **options: Any) -> nn.Module:
@@ -188,5 +187,5 @@ def _create(name: str, **options: Any) -> nn.Module:
             del options[unknown]
         except (AssertionError, RuntimeError) as problem:  # such as an unknown pretrained tag after the dot
             if "output_stride" in options:
-                raise no_dilation(name) from None
-            raise SettingsError(f"{name} cannot be an encoder: {problem}", WHERE, REMEDY) from None
+                raise dilation_error(name) from None
+            raise _unsuitable(f"{name} cannot be an encoder: {problem}") from None

@@ -25,14 +25,14 @@ from PIL import Image
 
 from cluda_cli import console, settings
 from cluda_cli.commands import predict, pseudo_label
-from cluda_cli.commands.evaluate import score
 from cluda_cli.data.index import Index, Item, find
 from cluda_cli.data.labels import CITYSCAPES, ClassTable
 from cluda_cli.data.transforms import read_image
 from cluda_cli.inference.device import pick_device
 from cluda_cli.inference.metrics import Confusion
-from cluda_cli.inference.sliding import Frame, predict_labels
-from cluda_cli.inference.weights_file import Deployed, load_weights, save_weights
+from cluda_cli.inference.scoring import score
+from cluda_cli.inference.sliding import fit_image, predict_labels
+from cluda_cli.inference.weights_file import NetworkDescription, TrainedNetwork, load_weights, save_weights
 from cluda_cli.models.segmenter import Segmenter
 
 
@@ -61,7 +61,10 @@ def synthetic(folder: Path, images: int, size: tuple[int, int], box: tuple[int, 
         objectives=settings.Objectives(feature_distance=None),
     )
     weights = folder / "run" / "last.safetensors"
-    save_weights(weights, Segmenter(model, len(classes)).state_dict(), chosen, classes, classes.names, "student", 0)
+    description = NetworkDescription(
+        settings=chosen, classes=classes, seen=classes.names, network_name="student", step=0
+    )
+    save_weights(weights, Segmenter(model, len(classes)).state_dict(), description)
     return folder, weights
 
 
@@ -87,24 +90,24 @@ class Clock:
             self.seconds += self.now() - self._began
 
 
-def verbs(deployed: Deployed, index: Index, device: str, out: Path) -> dict[str, Callable[[], object]]:
+def verbs(trained: TrainedNetwork, index: Index, device: str, out: Path) -> dict[str, Callable[[], object]]:
     """What is measured; each writes into the temporary folder `out`."""
-    data, weights = deployed.settings.data, deployed.path
+    data, weights = trained.settings.data, trained.path
     pictures = [str(index.image_path(item)) for item in index.split("val")]
 
     def evaluate() -> None:
-        chosen, table = pick_device(device), deployed.classes
         score(
-            deployed.network, index, "val", table, deployed.seen, data.target_box, deployed.settings.inference, chosen
-        )
+            trained.network, index, split="val", classes=trained.classes, seen=trained.seen, box=data.target_box,
+            evaluation=trained.settings.inference, device=pick_device(device),
+        )  # fmt: skip
 
     def loaded(verb: Callable[[], object]) -> Callable[[], object]:
         """The verb without the time to read its weights."""
 
         def run() -> None:
             with (
-                mock.patch.object(predict, "load_weights", lambda *_: deployed),
-                mock.patch.object(pseudo_label, "load_weights", lambda *_: deployed),
+                mock.patch.object(predict, "load_weights", lambda *_: trained),
+                mock.patch.object(pseudo_label, "load_weights", lambda *_: trained),
             ):
                 verb()
 
@@ -126,13 +129,13 @@ def verbs(deployed: Deployed, index: Index, device: str, out: Path) -> dict[str,
     }
 
 
-def shares(deployed: Deployed, index: Index, device: str, rounds: int) -> list[list[str]]:
+def shares(trained: TrainedNetwork, index: Index, device: str, rounds: int) -> list[list[str]]:
     """Rows of a table: verb, images per second, share of the wall time in the network, busy processors."""
     clock = Clock(pick_device(device))
     measured: dict[str, list[tuple[float, float, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(rounds):
-            for name, verb in verbs(deployed, index, device, Path(folder)).items():
+            for name, verb in verbs(trained, index, device, Path(folder)).items():
                 clock.seconds, busy, began = 0.0, time.process_time(), clock.now()
                 with redirect_stdout(io.StringIO()):  # where the verbs say which folder they wrote
                     verb()
@@ -147,19 +150,19 @@ def shares(deployed: Deployed, index: Index, device: str, rounds: int) -> list[l
     return rows
 
 
-def stages(deployed: Deployed, index: Index, device: torch.device, rounds: int) -> list[list[str]]:
+def stages(trained: TrainedNetwork, index: Index, device: torch.device, rounds: int) -> list[list[str]]:
     """Rows of a table: what is done to one image, milliseconds of it alone."""
-    item, chosen = index.split("val")[0], deployed.settings
+    item, chosen = index.split("val")[0], trained.settings
     image = read_image(index.image_path(item))
-    frame = Frame.of(image, chosen.data.target_box, device)
-    [(label, _)] = predict_labels(deployed.network, [frame], chosen.evaluation)
-    confusion = Confusion(len(deployed.classes), device=device)
+    resized = fit_image(image, chosen.data.target_box, device)
+    [(label, _)] = predict_labels(trained.network, [resized], chosen.evaluation)
+    confusion = Confusion(len(trained.classes), device=device)
     parts: dict[str, Callable[[], object]] = {
         "decode": lambda: read_image(index.image_path(item)),
-        "resize": lambda: Frame.of(image, chosen.data.target_box, device),
-        "network and labels": lambda: predict_labels(deployed.network, [frame], chosen.evaluation),
+        "resize": lambda: fit_image(image, chosen.data.target_box, device),
+        "network and labels": lambda: predict_labels(trained.network, [resized], chosen.evaluation),
         "the same, with confidence": lambda: predict_labels(
-            deployed.network, [frame], chosen.evaluation, confidence=True
+            trained.network, [resized], chosen.evaluation, confidence=True
         ),
         "confusion": lambda: confusion.update(label, label),
     }
@@ -192,15 +195,15 @@ def main() -> None:
             box = (540 * options.size[0] // 1024, options.size[1] // 2)
             root, weights = synthetic(Path(folder), options.images, tuple(options.size), box)
         device = pick_device(options.device)
-        deployed = load_weights(weights, device)
-        data = deployed.settings.data
+        trained = load_weights(weights, device)
+        data = trained.settings.data
         index = find(options.dataset or data.target, root or data.root)
         index = replace(index, splits={"val": tuple(index.labelled("val")[: options.images])})
-        rows = shares(deployed, index, options.device, options.rounds)
+        rows = shares(trained, index, options.device, options.rounds)
         threads = f"{torch.get_num_threads()} threads, {device}, torch {torch.__version__}"
         title = f"{len(index.split('val'))} images, {options.rounds} rounds, {threads}"
         console.result_table(title, ["verb", "images/s", "in the network", "processor ms/image"], rows)
-        rows = stages(deployed, index, device, options.rounds)
+        rows = stages(trained, index, device, options.rounds)
         console.result_table("one image", ["part", "ms of processor" if device.type == "cpu" else "ms"], rows)
 
 

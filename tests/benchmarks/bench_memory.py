@@ -171,7 +171,7 @@ def _batch(settings: Settings) -> Batch:
 def _validate(student: nn.Module, settings: Settings) -> None:
     """Logits of one target image, beside the gradients of the last step."""
     size = settings.data.target_box or settings.data.crop
-    with torch.no_grad(), inference.evaluating(student):  # inference mode would hide the parts of some operations
+    with torch.no_grad(), inference.eval_mode(student):  # inference mode would hide the parts of some operations
         if settings.inference.mode == "whole":
             inference._forward(student, torch.zeros(1, 3, *size))
         else:

@@ -1,7 +1,6 @@
 """The verb `eval` on datasets of a few small images."""
 
 import json
-from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
@@ -10,14 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from cluda_cli.commands.evaluate import evaluate, score
+from cluda_cli.commands.evaluate import evaluate
 from cluda_cli.data.index import Index, Item
 from cluda_cli.data.labels import CITYSCAPES, IGNORE, ClassTable, LabelClass
 from cluda_cli.data.transforms import read_image
 from cluda_cli.errors import DataError
-from cluda_cli.inference.metrics import Confusion, percent
+from cluda_cli.inference.metrics import Confusion, round_percent
 from cluda_cli.inference.sliding import image_logits
-from cluda_cli.inference.weights_file import save_weights
+from cluda_cli.inference.weights_file import NetworkDescription, save_weights
 from cluda_cli.models.segmenter import Segmenter
 from cluda_cli.settings import Data, Decoder, Evaluation, Model, Objectives, Settings
 
@@ -67,7 +66,8 @@ def checkpoint(tmp_path: Path) -> Path:
         objectives=Objectives(feature_distance=None),
     )
     path = tmp_path / "run" / "best.safetensors"
-    save_weights(path, make_network(19).state_dict(), settings, CITY, SEEN, "student", 7)
+    description = NetworkDescription(settings=settings, classes=CITY, seen=SEEN, network_name="student", step=7)
+    save_weights(path, make_network(19).state_dict(), description)
     return path
 
 
@@ -100,14 +100,14 @@ def test_json_has_exactly_the_documented_keys_and_exact_values(
     iou = expected.iou
     seen = torch.tensor([name in SEEN for name in CITY.names])
     assert protocols["all"]["classes"] == {
-        name: percent(100 * value) if name in SEEN else None
+        name: round_percent(100 * value) if name in SEEN else None
         for name, value in zip(CITY.names, iou.tolist(), strict=True)
     }
-    assert protocols["all"]["miou"] == percent(100 * iou[seen].nanmean().item()) == protocols["16"]["miou"]
-    assert protocols["all"]["miou_with_unseen"] == percent(100 * iou.nanmean().item())
+    assert protocols["all"]["miou"] == round_percent(100 * iou[seen].nanmean().item()) == protocols["16"]["miou"]
+    assert protocols["all"]["miou_with_unseen"] == round_percent(100 * iou.nanmean().item())
     assert protocols["16"]["classes"]["train"] is None and protocols["13"]["classes"]["wall"] is None
-    assert found["pixel_accuracy"] == percent(100 * expected.pixel_accuracy)
-    assert found["mean_accuracy"] == percent(100 * expected.accuracy[seen].nanmean().item())
+    assert found["pixel_accuracy"] == round_percent(100 * expected.pixel_accuracy)
+    assert found["mean_accuracy"] == round_percent(100 * expected.accuracy[seen].nanmean().item())
 
 
 def test_table_shows_protocols_side_by_side(
@@ -179,7 +179,8 @@ def test_other_class_tables_have_one_protocol(tmp_path: Path, capsys: pytest.Cap
         objectives=Objectives(feature_distance=None),
     )
     path = tmp_path / "last.safetensors"
-    save_weights(path, make_network(4).state_dict(), settings, table, table.names, "teacher", 1)
+    description = NetworkDescription(settings=settings, classes=table, seen=table.names, network_name="teacher", step=1)
+    save_weights(path, make_network(4).state_dict(), description)
     evaluate(path, dataset="toy", device="cpu", as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert list(found["protocols"]) == ["all"] and found["unseen"] == [] and found["network"] == "teacher"
@@ -189,38 +190,12 @@ def test_other_class_tables_have_one_protocol(tmp_path: Path, capsys: pytest.Cap
     assert "with unseen" not in text
 
 
-def test_score_serves_validation_and_leaves_the_network_in_training(tmp_path: Path) -> None:
-    index = make_dataset(tmp_path, CITY)
-    network = deepcopy(make_network(19)).train()
-    scores = score(network, index, "val", CITY, SEEN, (32, 64), Evaluation(), torch.device("cpu"))
-    assert network.training and scores.images == 3
-    assert torch.equal(scores.confusion.counts, counted(index, (32, 64)).counts)
-    assert 0 <= scores.miou <= 100 and list(scores.iou_by_name()) == list(CITY.names)
-
-
 def test_split_without_labels_is_said(checkpoint: Path, tmp_path: Path) -> None:
     make_dataset(tmp_path, CITY)
     with pytest.raises(DataError, match='1 images of split "train" have no labels'):
         evaluate(checkpoint, split="train", device="cpu")
     with pytest.raises(DataError, match='no images in split "test"'):
         evaluate(checkpoint, split="test", device="cpu")
-
-
-@pytest.mark.parametrize(
-    ("label", "message"),
-    [
-        (np.full((40, 71), 3), "label is 40 x 71 pixels, its image 40 x 72"),
-        (np.full((40, 72), 19), r"label holds 19; train ids are 0\.\.18 and 255"),
-        (np.full((40, 72), 254), "label holds 254"),
-    ],
-)
-def test_label_that_does_not_fit_is_named(checkpoint: Path, tmp_path: Path, label: np.ndarray, message: str) -> None:
-    index = make_dataset(tmp_path, CITY)
-    path = index.label_path(index.labelled("val")[1])
-    Image.fromarray(label.astype(np.uint8)).save(path)
-    with pytest.raises(DataError, match=message) as caught:
-        evaluate(checkpoint, device="cpu")
-    assert caught.value.where == str(path) and caught.value.exit_code == 3
 
 
 def test_nothing_in_common_is_said(checkpoint: Path, tmp_path: Path) -> None:

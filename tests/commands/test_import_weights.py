@@ -18,6 +18,7 @@ from cluda_cli.cli import app
 from cluda_cli.files import sha256
 from cluda_cli.inference.weights_file import load_weights
 from cluda_cli.models.multires import build_segmenter
+from cluda_cli.models.normalisation import IMAGENET
 from cluda_cli.models.segmenter import Segmenter
 
 State = dict[str, Tensor]
@@ -96,13 +97,16 @@ def test_imported_weights_compute_the_same(preset, tmp_path):
     assert deployed.seen == deployed.classes.names
 
 
-def test_an_encoder_of_timm(tmp_path):
-    extra = ("model.encoder=mobilenetv2_050",)
+@pytest.mark.parametrize("encoder", ["mobilenetv2_050", "test_resnet"])  # timm's own weights of the latter expect 0.5
+def test_an_encoder_of_timm(encoder, tmp_path):
+    extra = (f"model.encoder={encoder}",)
     network = network_of("daformer", extra)
     state = {name.replace("backbone.network.", "backbone."): t for name, t in published(network).items()}
     result = imported(write(tmp_path / "a.pth", state), "daformer", extra=extra)
     assert result.exit_code == 0, result.stderr
-    assert torch.equal(logits_of(load_weights(tmp_path / "a.safetensors", CPU).network), logits_of(network))
+    deployed = load_weights(tmp_path / "a.safetensors", CPU)
+    assert torch.equal(logits_of(deployed.network), logits_of(network))
+    assert deployed.network.normalisation == IMAGENET
 
 
 def test_the_best_score_is_written_as_numpy_1_writes_it(tmp_path):

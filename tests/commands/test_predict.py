@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from cluda_cli.commands.predict import OUTPUTS, find_images, newest_checkpoint, predict
+from cluda_cli.commands.predict import OUTPUTS, find_images, find_newest_checkpoint, predict
 from cluda_cli.data.labels import CITYSCAPES, ClassTable, LabelClass
 from cluda_cli.data.transforms import read_image
 from cluda_cli.errors import DataError, SettingsError
 from cluda_cli.inference.sliding import image_logits
-from cluda_cli.inference.weights_file import save_weights
+from cluda_cli.inference.weights_file import NetworkDescription, save_weights
 from cluda_cli.models.segmenter import Segmenter
 from cluda_cli.settings import Data, Decoder, Evaluation, Model, Objectives, Settings
 
@@ -39,7 +39,8 @@ def make_network() -> Segmenter:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     path = tmp_path / "runs" / "a" / "best.safetensors"
-    save_weights(path, make_network().state_dict(), SETTINGS, TABLE, TABLE.names, "student", 7)
+    description = NetworkDescription(settings=SETTINGS, classes=TABLE, seen=TABLE.names, network_name="student", step=7)
+    save_weights(path, make_network().state_dict(), description)
     return path
 
 
@@ -200,7 +201,8 @@ def test_unknown_output_and_unfit_label_ids_are_settings_errors(checkpoint: Path
         with pytest.raises(SettingsError, match="--output"):
             predict([str(picture)], checkpoint=checkpoint, out=tmp_path / "out", outputs=outputs, device="cpu")
     table = ClassTable((*CITYSCAPES[:5], LabelClass("plate", (0, 0, 142), -1)))
-    save_weights(checkpoint, make_network().state_dict(), SETTINGS, table, table.names, "student", 7)
+    description = NetworkDescription(settings=SETTINGS, classes=table, seen=table.names, network_name="student", step=7)
+    save_weights(checkpoint, make_network().state_dict(), description)
     with pytest.raises(SettingsError, match="plate"):
         predict([str(picture)], checkpoint=checkpoint, out=tmp_path / "out", outputs=["label-id"], device="cpu")
 
@@ -208,12 +210,12 @@ def test_unknown_output_and_unfit_label_ids_are_settings_errors(checkpoint: Path
 def test_newest_checkpoint_is_the_best_of_the_newest_run(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     with pytest.raises(DataError, match="no run with weights"):
-        newest_checkpoint(runs)
+        find_newest_checkpoint(runs)
     for age, name in [(50, "old/best"), (40, "old/last"), (60, "new/best"), (10, "new/last"), (30, "other/last")]:
         path = runs / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         os.utime(path, (1e9 - age, 1e9 - age))
-    assert newest_checkpoint(runs) == runs / "new" / "best.safetensors"
+    assert find_newest_checkpoint(runs) == runs / "new" / "best.safetensors"
     (runs / "new" / "best.safetensors").unlink()
-    assert newest_checkpoint(runs) == runs / "new" / "last.safetensors"
+    assert find_newest_checkpoint(runs) == runs / "new" / "last.safetensors"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -12,13 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from cluda_cli.commands.pseudo_label import median_thresholds, pseudo_label
+from cluda_cli.commands.pseudo_label import compute_thresholds, pseudo_label
 from cluda_cli.data.index import Index, Item, find
 from cluda_cli.data.labels import CITYSCAPES, IGNORE, ClassTable
 from cluda_cli.data.transforms import read_image
 from cluda_cli.errors import DataError, SettingsError
 from cluda_cli.inference.sliding import image_logits
-from cluda_cli.inference.weights_file import save_weights
+from cluda_cli.inference.weights_file import NetworkDescription, save_weights
 from cluda_cli.models.segmenter import Segmenter
 from cluda_cli.settings import Data, Decoder, Evaluation, Model, Objectives, Settings
 
@@ -43,7 +44,8 @@ def make_checkpoint(root: Path, margins: tuple[int, int, int, int] | None = None
         objectives=Objectives(feature_distance=None),
     )
     path = root / "run" / "best.safetensors"
-    save_weights(path, make_network().state_dict(), settings, TABLE, TABLE.names, "student", 7)
+    description = NetworkDescription(settings=settings, classes=TABLE, seen=TABLE.names, network_name="student", step=7)
+    save_weights(path, make_network().state_dict(), description)
     return path
 
 
@@ -96,7 +98,7 @@ def test_result_is_a_dataset_that_agrees_with_its_files(
     folder = pseudo_label(checkpoint, threshold=0.7, device="cpu")
     assert folder == checkpoint.parent / "pseudo-labels" / "toy-train"
     text, talk = capsys.readouterr()
-    assert text == f"{folder}\n" and f"cluda train --source {folder}" in talk
+    assert text == f"{folder}\n" and f"cluda train --source {shlex.quote(str(folder))}" in talk
     index = find(str(folder), Path("nowhere"))  # what `train --source FOLDER` does
     assert index.classes == TABLE and list(index.splits) == ["train"] and index.margins == (0, 0, 0, 0)
     items = index.split("train")
@@ -173,7 +175,7 @@ def test_median_of_levels() -> None:
     histogram[0, [51, 102, 153]] = torch.tensor([5, 1, 5])  # the middle one of 11
     histogram[1, [51, 255]] = torch.tensor([1, 3])  # capped
     histogram[2, 204] = 1
-    assert median_thresholds(histogram) == [pytest.approx(0.4), 0.9, pytest.approx(0.8), None]
+    assert compute_thresholds(histogram) == [pytest.approx(0.4), 0.9, pytest.approx(0.8), None]
 
 
 @pytest.mark.parametrize("per_class", [False, True])
@@ -204,7 +206,7 @@ def test_taken_folder_is_refused_and_kept(checkpoint: Path, data: Index, tmp_pat
     with pytest.raises(SettingsError, match="not empty"):
         pseudo_label(checkpoint, device="cpu", out=taken)
     assert [path.name for path in taken.iterdir()] == ["thesis.txt"]
-    with pytest.raises(SettingsError, match="something else than pseudo-labels"):
+    with pytest.raises(SettingsError, match="something other than pseudo-labels"):
         pseudo_label(checkpoint, device="cpu", out=data.folder, overwrite=True)
     assert Index.load(data.folder).name == "toy"
     folder = pseudo_label(checkpoint, threshold=0, device="cpu")

@@ -20,8 +20,10 @@ from cluda_cli.commands.train import train
 from cluda_cli.data.index import find
 from cluda_cli.data.labels import ClassTable
 from cluda_cli.engine.folder import RunFolder
+from cluda_cli.engine.run import Run
+from cluda_cli.engine.state_file import load_state
 from cluda_cli.errors import DataError, Interrupted, RunError, SettingsError
-from cluda_cli.inference.weights_file import load_state, load_weights
+from cluda_cli.inference.weights_file import load_weights
 
 CPU = torch.device("cpu")
 
@@ -143,7 +145,7 @@ def test_a_request_during_validation_stops_there_and_resume_validates_again(tiny
     train(tiny_settings, tmp_path / "whole")
     honest = verb.score
     with monkeypatch.context() as patch:
-        patch.setattr(verb, "score", lambda *args: os.kill(os.getpid(), signal.SIGINT) or honest(*args))
+        patch.setattr(verb, "score", lambda *a, **k: os.kill(os.getpid(), signal.SIGINT) or honest(*a, **k))
         with pytest.raises(Interrupted, match="stopped after step 4"):
             train(tiny_settings, tmp_path / "parts")
     train(tiny_settings, tmp_path / "parts", resume=True)
@@ -237,7 +239,7 @@ def test_a_request_while_best_weights_are_written_loses_nothing(tiny_settings, t
 
 def test_a_request_is_answered_before_a_validation_that_is_due(tiny_settings, tmp_path, stop_after, monkeypatch):
     stop_after(4)
-    monkeypatch.setattr(verb, "score", lambda *_: pytest.fail("validated after the request"))
+    monkeypatch.setattr(verb, "score", lambda *_, **__: pytest.fail("validated after the request"))
     with pytest.raises(Interrupted, match="stopped after step 4, state saved"):
         train(tiny_settings, tmp_path / "x")
 
@@ -290,6 +292,18 @@ def test_the_teacher_can_be_the_network_that_is_kept(tiny_settings, tmp_path):
     teacher = load_state(tmp_path / "x" / "resume" / "state.pt")["teacher"]
     assert deployed.network_name == "teacher"
     assert_same({f"network.{k}": v for k, v in deployed.network.state_dict().items()}, dict(teacher))
+
+
+def test_weights_of_a_run_carry_the_normalisation_of_its_encoder(tiny_settings, tmp_path):
+    change = {
+        "model": {"encoder": "tf_efficientnet_lite0", "weights": False},
+        "objectives": {"feature_distance": False},
+    }
+    settings = presets.validate(presets.merge(tiny_settings.model_dump(mode="json"), change))
+    run = Run(settings, find("clean", settings.data.root), CPU)
+    files = RunFolder(tmp_path / "x")
+    files.save_best(run)
+    assert load_weights(files.best, CPU).network.normalisation.mean == (127.5, 127.5, 127.5)
 
 
 def test_resume_is_exact_with_loader_processes(tiny_settings, tmp_path, stop_after, monkeypatch):

@@ -20,8 +20,8 @@ from cluda_cli.commands.train import train
 from cluda_cli.data.index import find
 from cluda_cli.data.streams import Steps
 from cluda_cli.distributed import collectives, launch
+from cluda_cli.engine.state_file import load_state
 from cluda_cli.errors import DataError, SettingsError
-from cluda_cli.inference.weights_file import load_state
 from cluda_cli.models.encoders import build_encoder
 
 WORKER = Path(__file__).parent / "two_processes.py"

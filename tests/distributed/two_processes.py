@@ -7,13 +7,13 @@ from unittest.mock import patch
 import torch
 
 from cluda_cli import presets
-from cluda_cli.commands.evaluate import score
 from cluda_cli.data.index import find
 from cluda_cli.data.streams import batches
 from cluda_cli.distributed import collectives
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.sharding import gather_state
 from cluda_cli.engine.step import training_step
+from cluda_cli.inference.scoring import score
 from cluda_cli.settings import Settings
 
 
@@ -34,7 +34,10 @@ def outcome(settings: Settings) -> dict[str, Any]:
             found |= {f"{part} {i}": tensors for part, tensors in state(run).items()}
     if not settings.training.shard:  # FSDP2 does not let the type change
         network, box = run.student.to(torch.float32), settings.data.target_box
-        scores = score(network, target, "val", run.classes, run.seen, box, settings.evaluation, run.device)
+        scores = score(
+            network, target, split="val", classes=run.classes, seen=run.seen, box=box, evaluation=settings.evaluation,
+            device=run.device,
+        )  # fmt: skip
         found["confusion"] = {"counts": scores.confusion.counts}
     return found
 

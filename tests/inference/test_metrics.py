@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cluda_cli.data.labels import CAMVID, CITYSCAPES, PROTOCOLS, ClassTable
-from cluda_cli.inference.metrics import Confusion, Scores, histogram
+from cluda_cli.inference.metrics import Confusion, Scores, count_values
 
 CITY = ClassTable(CITYSCAPES)
 SYNTHIA_SEEN = tuple(name for name in CITY.names if name not in {"terrain", "truck", "train"})
@@ -67,10 +67,10 @@ def test_gpu_counts_the_same_without_being_waited_for() -> None:
     on_gpu = values.int().cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = histogram(on_gpu, 100)
+        found = count_values(on_gpu, 100)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(found.cpu(), histogram(values, 100))
+    assert torch.equal(found.cpu(), count_values(values, 100))
 
 
 def test_counts_stay_exact_where_float32_would_not() -> None:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from cluda_cli.inference import prefetch as overlap
-from cluda_cli.inference.prefetch import Fetched, pin_memory, prefetch, write_png
+from cluda_cli.inference import prefetch as prefetch_module
+from cluda_cli.inference.prefetch import HostCopy, pin_memory, prefetch, write_png
 
 
-def test_overlapped_keeps_order_and_looks_only_a_few_items_ahead() -> None:
+def test_prefetch_keeps_order_and_reads_only_a_few_items_ahead() -> None:
     taken: list[int] = []
 
     def items() -> Iterator[int]:
@@ -27,11 +27,11 @@ def test_overlapped_keeps_order_and_looks_only_a_few_items_ahead() -> None:
 
     results = prefetch(slow_first, items())
     assert next(results) == 0
-    assert len(taken) <= 2 * overlap.THREADS
+    assert len(taken) <= 2 * prefetch_module.THREADS
     assert list(results) == [i * i for i in range(1, 30)]
 
 
-def test_overlapped_raises_at_the_item_and_begins_nothing_more() -> None:
+def test_prefetch_raises_at_the_item_and_begins_no_other() -> None:
     begun: list[int] = []
 
     def fail_at_three(i: int) -> int:
@@ -44,7 +44,7 @@ def test_overlapped_raises_at_the_item_and_begins_nothing_more() -> None:
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match="three"):
         next(results)
-    assert max(begun) <= 3 + overlap.THREADS
+    assert max(begun) <= 3 + prefetch_module.THREADS
 
 
 def test_png_round_trip(tmp_path: Path) -> None:
@@ -67,4 +67,4 @@ def test_png_of_a_photograph_is_not_larger_than_pillow_makes_it(tmp_path: Path) 
 def test_without_a_gpu_nothing_is_copied() -> None:
     tensor = torch.arange(6)
     assert pin_memory(tensor, torch.device("cpu")) is tensor
-    assert np.shares_memory(Fetched(tensor).numpy(), tensor.numpy())
+    assert np.shares_memory(HostCopy(tensor).numpy(), tensor.numpy())

@@ -11,10 +11,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cluda_cli import settings
 from cluda_cli.data.transforms import fit_box, normalise, resize_image
 from cluda_cli.inference import sliding as inference
-from cluda_cli.inference.prefetch import Fetched
-from cluda_cli.inference.sliding import Frame, Limits, evaluating, image_logits, predict_labels, segment
-from cluda_cli.models.boxes import window_starts
+from cluda_cli.inference.prefetch import HostCopy
+from cluda_cli.inference.sliding import (
+    PixelBudget,
+    ResizedImage,
+    eval_mode,
+    fit_image,
+    image_logits,
+    predict_labels,
+    segment,
+)
 from cluda_cli.models.multires import MultiResolution
+from cluda_cli.models.normalisation import IMAGENET
 from cluda_cli.models.segmenter import Output
 from cluda_cli.settings import Evaluation
 
@@ -27,6 +35,7 @@ class Tiny(nn.Module):
 
     pad_multiple = 8
     smallest = 32
+    normalisation = IMAGENET
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,8 +59,8 @@ def noise(height: int, width: int, seed: int = 1) -> Tensor:
     return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
-def framed(image: Tensor, box: tuple[int, int] | None) -> Frame:
-    return Frame.of(image, box, torch.device("cpu"))
+def fitted(image: Tensor, box: tuple[int, int] | None) -> ResizedImage:
+    return fit_image(image, box, torch.device("cpu"))
 
 
 def slide(window: tuple[int, int], stride: tuple[int, int]) -> Evaluation:
@@ -68,22 +77,6 @@ def padded_logits(network: Tiny, image: Tensor) -> Tensor:
     height, width = image.shape[-2:]
     padded = F.pad(image, (0, max(-width % 8, 32 - width), 0, max(-height % 8, 32 - height)))
     return resize(network(padded).logits, tuple(padded.shape[-2:]))[..., :height, :width]
-
-
-@pytest.mark.parametrize(
-    ("length", "window", "stride", "starts"),
-    [
-        (1920, 1024, 512, [0, 512, 896]),  # ACDC
-        (1080, 1024, 512, [0, 56]),
-        (2048, 1024, 512, [0, 512, 1024]),  # Cityscapes
-        (1024, 1024, 512, [0]),
-        (1025, 1024, 512, [0, 1]),
-        (500, 1024, 512, [0]),
-        (10, 4, 4, [0, 4, 6]),
-    ],
-)
-def test_windows_start_every_stride_and_are_clipped(length: int, window: int, stride: int, starts: list[int]) -> None:
-    assert window_starts(length, window, stride) == starts
 
 
 @pytest.mark.parametrize("size", [(64, 96), (61, 93), (30, 200), (7, 5), (1, 1)])
@@ -138,7 +131,7 @@ def test_number_of_windows_at_once_does_not_matter(
 ) -> None:
     image, evaluation = noise(45, 61), slide((24, 32), (16, 24))
     expected = image_logits(network, image, None, evaluation)
-    monkeypatch.setattr(inference, "CPU", Limits(forward=pixels, band=1000))
+    monkeypatch.setattr(inference, "CPU", PixelBudget(forward=pixels, band=1000))
     found: list[int] = []
     network.register_forward_pre_hook(lambda _, args: found.append(len(args[0])))
     torch.testing.assert_close(image_logits(network, image, None, evaluation), expected)
@@ -150,20 +143,20 @@ def test_number_of_windows_at_once_does_not_matter(
 def test_labels_made_in_bands_equal_the_argmax(
     network: Tiny, monkeypatch: pytest.MonkeyPatch, evaluation: Evaluation, pixels: int
 ) -> None:
-    monkeypatch.setattr(inference, "CPU", Limits(forward=2**16, band=pixels))
+    monkeypatch.setattr(inference, "CPU", PixelBudget(forward=2**16, band=pixels))
     image = noise(61, 93)
-    [(label, confidence)] = predict_labels(network, [framed(image, (32, 48))], evaluation, confidence=True)
+    [(label, confidence)] = predict_labels(network, [fitted(image, (32, 48))], evaluation, confidence=True)
     probability = image_logits(network, image, (32, 48), evaluation).softmax(0)
     assert confidence is not None and label.dtype == torch.uint8 and confidence.dtype == torch.float32
     assert torch.equal(label.long(), probability.argmax(0))
     torch.testing.assert_close(confidence, probability.amax(0), rtol=0, atol=1e-6)
-    [(alone, nothing)] = predict_labels(network, [framed(image, (32, 48))], evaluation)
+    [(alone, nothing)] = predict_labels(network, [fitted(image, (32, 48))], evaluation)
     assert torch.equal(alone, label) and nothing is None
 
 
 def test_first_of_equal_classes_wins() -> None:
     logits = torch.tensor([[0.0, 2.0, -torch.inf], [1.0, 2.0, -torch.inf], [1.0, 0.0, -torch.inf]])[:, None]  # 3 1 3
-    label, confidence = inference._best(logits, confidence=True)
+    label, confidence = inference._pick_classes(logits, confidence=True)
     assert label.tolist() == [[1, 0, 0]]
     assert confidence is not None
     torch.testing.assert_close(confidence[0, :2], logits.softmax(0).amax(0)[0, :2])
@@ -171,16 +164,16 @@ def test_first_of_equal_classes_wins() -> None:
 
 @pytest.mark.parametrize("evaluation", [WHOLE, slide((24, 32), (16, 24))])
 @pytest.mark.parametrize(("pixels", "batches"), [(1, [1] * 7), (3 * 24 * 32, [2, 1, 3, 1]), (2**20, [2, 1, 4])])
-def test_frames_of_one_size_share_a_forward(
+def test_images_of_one_size_share_a_forward(
     network: Tiny, monkeypatch: pytest.MonkeyPatch, evaluation: Evaluation, pixels: int, batches: list[int]
 ) -> None:
     sizes = [(24, 32), (48, 64), (24, 33), *[(24, 32)] * 4]  # the second becomes 24 x 32 as well
     images = [noise(*size, seed=i) for i, size in enumerate(sizes)]
     expected = [image_logits(network, image, (24, 33), evaluation) for image in images]
-    monkeypatch.setattr(inference, "CPU", Limits(forward=pixels, band=500))
+    monkeypatch.setattr(inference, "CPU", PixelBudget(forward=pixels, band=500))
     found: list[int] = []
     network.register_forward_pre_hook(lambda _, args: found.append(len(args[0])))
-    pairs = [(framed(image, (24, 33)), i) for i, image in enumerate(images)]
+    pairs = [(fitted(image, (24, 33)), i) for i, image in enumerate(images)]
     results = list(segment(network, pairs, evaluation, confidence=True))
     if evaluation is WHOLE:
         assert found == batches
@@ -274,10 +267,10 @@ class Largest(TorchDispatchMode):
 def test_labels_of_a_large_image_need_no_logits_of_its_size(
     network: Tiny, monkeypatch: pytest.MonkeyPatch, box: tuple[int, int] | None
 ) -> None:
-    monkeypatch.setattr(inference, "CPU", Limits(forward=2**16, band=8 * 600))
+    monkeypatch.setattr(inference, "CPU", PixelBudget(forward=2**16, band=8 * 600))
     image = noise(400, 600)
     with Largest() as largest:
-        predict_labels(network, [framed(image, box)], WHOLE, confidence=True)
+        predict_labels(network, [fitted(image, box)], WHOLE, confidence=True)
     assert 0 < largest.elements <= image.numel()  # 3 H W, not K H W
     with Largest() as largest:
         image_logits(network, image, box, WHOLE)
@@ -290,8 +283,8 @@ def test_modes_statistics_and_gradients_are_left_alone(network: Tiny) -> None:
     before = {name: value.clone() for name, value in network.state_dict().items()}
     first = image_logits(network, noise(32, 32), None, WHOLE)
     assert torch.equal(first, image_logits(network, noise(32, 32), None, WHOLE))  # no dropout
-    predict_labels(network, [framed(noise(32, 32), None)], slide((24, 32), (16, 24)))
-    with evaluating(network):
+    predict_labels(network, [fitted(noise(32, 32), None)], slide((24, 32), (16, 24)))
+    with eval_mode(network):
         image_logits(network, noise(32, 32), None, WHOLE)
         assert not network.training and not network.dropout.training
     assert network.training and network.dropout.training and not network.norm.training
@@ -314,11 +307,11 @@ def test_gpu_is_never_waited_for_and_gives_the_same() -> None:
     network, images = Tiny().eval(), [noise(61, 93, seed=i) for i in range(3)]
     expected = [image_logits(network, image, (32, 48), WHOLE).argmax(0) for image in images]
     network.cuda()
-    pairs = [(Frame.of(image, (32, 48), torch.device("cuda")), None) for image in images]
+    pairs = [(fit_image(image, (32, 48), torch.device("cuda")), None) for image in images]
     list(segment(network, pairs, WHOLE))  # fills what is made once per size
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = [Fetched(label) for _, label, _ in segment(network, pairs, WHOLE)]
+        found = [HostCopy(label) for _, label, _ in segment(network, pairs, WHOLE)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for label, truth in zip(found, expected, strict=True):

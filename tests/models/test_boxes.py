@@ -1,4 +1,4 @@
-"""Crop boxes and sliding windows. B batch, C channels, H W of the whole, h w of a box."""
+"""Crop boxes. B batch, C channels, H W of the whole, h w of a box."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluda_cli.models.boxes import Boxes, random_boxes, window_corners, window_starts
+from cluda_cli.models.boxes import Boxes, random_boxes
 
 SIZE = (12, 20)
 BOXES = Boxes(torch.tensor([[0, 0], [3, 7], [8, 14]]), (4, 6))  # the first and the last touch the border
@@ -107,13 +107,8 @@ def test_positions_are_multiples(multiple: int) -> None:
 
 
 @pytest.mark.reference
-def test_reference_windows_and_positions(golden: Any) -> None:
+def test_reference_positions(golden: Any) -> None:
     _, description = golden("05_hrda/crop_boxes")
-    for image, expected in description["sliding_boxes"].items():
-        size = tuple(int(side) for side in image.split("x"))
-        high, wide = (min(64, side) for side in size)
-        corners = window_corners(size, (high, wide), (32, 32))  # type: ignore[arg-type]
-        assert [[y, y + high, x, x + wide] for y, x in corners] == expected
     for case, offsets in description["attainable"].items():
         image, crop = case.split(" crop ")
         length, part = int(image.split("x")[0]), int(crop.split()[0])
@@ -122,15 +117,3 @@ def test_reference_windows_and_positions(golden: Any) -> None:
         generator = torch.Generator().manual_seed(0)
         drawn = {int(random_boxes(1, (length, part), (part, part), 8, generator).corner[0, 0]) for _ in range(1000)}
         assert sorted(drawn) == expected
-
-
-def test_window_corners_go_row_by_row() -> None:
-    assert window_corners((10, 9), (4, 4), (4, 5)) == [(0, 0), (0, 5), (4, 0), (4, 5), (6, 0), (6, 5)]
-    assert window_corners((4, 4), (4, 4), (2, 2)) == [(0, 0)]
-
-
-@pytest.mark.parametrize(("length", "window", "stride"), [(17, 5, 3), (64, 16, 8), (5, 5, 1), (20, 6, 6)])
-def test_windows_cover_every_position_and_lie_inside(length: int, window: int, stride: int) -> None:
-    starts = window_starts(length, window, stride)
-    covered = {position for start in starts for position in range(start, start + window)}
-    assert covered == set(range(length)) and len(set(starts)) == len(starts)

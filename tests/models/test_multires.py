@@ -17,7 +17,7 @@ from cluda_cli.adaptation.teacher import Teacher
 from cluda_cli.errors import SettingsError
 from cluda_cli.models.boxes import Boxes, Size
 from cluda_cli.models.decoders import DAFormerDecoder
-from cluda_cli.models.multires import MultiResolution, build_segmenter, entropy, most_uncertain
+from cluda_cli.models.multires import MultiResolution, build_segmenter, entropy, find_most_uncertain
 from cluda_cli.models.segmenter import Segmenter
 
 K = 5
@@ -187,14 +187,14 @@ def test_most_uncertain_window_of_each_map(count: int) -> None:
     for b in range(count):
         maps[b, places[b][0], places[b][1]] = 1
     # Windows of 4 x 6 begin at rows 0, 2, 4 and columns 0, 3, 6; of several with the cell, the first counts.
-    assert most_uncertain(maps, (4, 6), (2, 3)).tolist() == [[2, 6], [0, 0], [0, 3]][:count]
+    assert find_most_uncertain(maps, (4, 6), (2, 3)).tolist() == [[2, 6], [0, 0], [0, 3]][:count]
 
 
 def test_first_of_equally_uncertain_windows() -> None:
-    assert most_uncertain(torch.full((2, 8, 8), 0.5), (4, 4), (2, 2)).tolist() == [[0, 0], [0, 0]]
+    assert find_most_uncertain(torch.full((2, 8, 8), 0.5), (4, 4), (2, 2)).tolist() == [[0, 0], [0, 0]]
     maps = torch.zeros(1, 8, 8)
     maps[0, 0, 7] = maps[0, 7, 0] = 1
-    assert most_uncertain(maps, (4, 4), (2, 2)).tolist() == [[0, 4]]
+    assert find_most_uncertain(maps, (4, 4), (2, 2)).tolist() == [[0, 4]]
 
 
 def test_without_boxes_each_image_is_seen_where_its_context_is_least_certain() -> None:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from cluda_cli import settings
 from cluda_cli.adaptation.views import Seen, View
-from cluda_cli.inference import sliding as inference
 from cluda_cli.inference.sliding import image_logits
 from cluda_cli.models.boxes import Boxes
-from cluda_cli.models.multires import MultiResolution, entropy, most_uncertain
+from cluda_cli.models.multires import MultiResolution, entropy, find_most_uncertain
+from cluda_cli.models.normalisation import Normalisation
 from cluda_cli.models.segmenter import Output
 from cluda_cli.objectives.cross_entropy import CrossEntropy, weighted_cross_entropy
 from cluda_cli.objectives.pixel_contrast import PixelContrast
@@ -126,7 +126,7 @@ def test_formula_filled_hrda_slides(
     networks, image = Networks(settings.Decoder()).double(), formula_images(1, 128, 256)[0]
     fill_by_formula(networks, published_name)
     networks.network.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))
-    monkeypatch.setattr(inference, "normalise", lambda _: image.float())
+    monkeypatch.setattr(Normalisation, "apply", lambda *_: image.float())
     slide = settings.Evaluation(mode="slide", window=(128, 128), stride=(64, 64))
     logits = image_logits(networks.network, torch.zeros(3, 128, 256, dtype=torch.uint8), None, slide)
     logits = F.interpolate(logits[None], (256, 512), mode="bilinear")
@@ -258,7 +258,7 @@ def test_sliding_evaluation_of_an_image(golden: Any, check_bounds: Any, monkeypa
     vectors, description = golden("05_hrda/hrda_inference")
     network = recorded(golden, "hrda_head_weights", torch.float32, cluda=False).network
     image = vectors["in.image_b"].float()
-    monkeypatch.setattr(inference, "normalise", lambda _: image[0])
+    monkeypatch.setattr(Normalisation, "apply", lambda *_: image[0])
     slide = settings.Evaluation(mode="slide", window=(96, 96), stride=(48, 48))
     logits = image_logits(network, torch.zeros(3, 128, 160, dtype=torch.uint8), None, slide)[None]
     rescaled = F.interpolate(logits, (150, 190), mode="bilinear").softmax(dim=1).flip(3)
@@ -280,5 +280,5 @@ def test_entropy_and_its_largest_window(golden: Any) -> None:
     assert (found - vectors["out64.entropy_logits"]).abs().max() <= bound
     maps, boxes = vectors["in.entropy_maps"].float(), vectors["out.boxes_without_aliasing"]
     for uncertainty, expected in zip(maps, boxes, strict=True):  # B 1 h w, B 4
-        corner = most_uncertain(uncertainty[:, 0], DETAIL, (32, 32))
+        corner = find_most_uncertain(uncertainty[:, 0], DETAIL, (32, 32))
         assert torch.equal(corner, expected[:, [0, 2]])

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cluda_cli.inference.sliding import image_logits
 from cluda_cli.models.segmenter import Segmenter
-from cluda_cli.settings import Decoder, Model
+from cluda_cli.settings import Decoder, Evaluation, Model
 
 SMALL = Decoder(embed_dim=8, channels=8)
 
@@ -58,6 +59,24 @@ def test_output():
     torch.testing.assert_close(network.decoder(output.encoder)[0], output.logits)
     assert network.pad_multiple == 1
     assert Segmenter(Model(encoder="resnet18", decoder=SMALL), 5).pad_multiple == 32
+
+
+@pytest.mark.parametrize(
+    ("encoder", "mean", "std"),
+    [
+        ("tf_efficientnet_lite0", [127.5, 127.5, 127.5], [127.5, 127.5, 127.5]),
+        ("test_vit", [127.5, 127.5, 127.5], [127.5, 127.5, 127.5]),
+        ("mit_b0", [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]),
+    ],
+)
+def test_an_encoder_sees_images_as_it_was_pretrained(encoder, mean, std):
+    network = Segmenter(Model(encoder=encoder, decoder=SMALL), 5)
+    seen = []
+    network.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    image = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
+    image_logits(network, image, None, Evaluation())
+    expected = (image - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    torch.testing.assert_close(seen[0][0], expected)
 
 
 def test_same_seed_same_network():

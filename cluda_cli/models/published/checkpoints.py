@@ -6,20 +6,18 @@ mmsegmentation and by Hugging Face transformers, each with names of its own.
 E embedded and D fused channels, C channels of an encoder map.
 """
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cluda_cli import presets, settings
 from cluda_cli.errors import DataError
 from cluda_cli.models.mit import VARIANTS
-from cluda_cli.models.published import encoders as weights
+from cluda_cli.models.published.encoders import to_encoder_names
 
 COPIES = {"student": "model.", "teacher": "ema_model."}
 WEIGHTER = "decode_head.feat_weighter."  # of CLUDA's contrast, that is of a term of the loss, not of the network
@@ -42,12 +40,6 @@ SEGFORMER_HEAD = (
     | {f"convs.{i}.bn": f"embed_layers.{i}.bn" for i in range(4)}
     | {"fusion_conv.conv": "fuse_layer.conv", "fusion_conv.bn": "fuse_layer.bn"}
 )
-# mmsegmentation's Mix Transformer -> the layout of the SegFormer release, inside a block.
-MMSEG_BLOCK = {
-    "norm1": "norm1", "norm2": "norm2", "attn.sr": "attn.sr", "attn.norm": "attn.norm",
-    "attn.attn.out_proj": "attn.proj", "ffn.layers.0": "mlp.fc1", "ffn.layers.1": "mlp.dwconv.dwconv",
-    "ffn.layers.4": "mlp.fc2",
-}  # fmt: skip
 # What the number of branches or blocks tells, as far as published networks go.
 DILATIONS = [1, 6, 12, 18]
 DEEPLAB_DILATIONS = {2: [6, 12], 4: [6, 12, 18, 24]}
@@ -82,7 +74,7 @@ def one_network(tensors: Mapping[str, Tensor], network: str, encoder: str, path:
         what = f"no network with backbone.* and decode_head.*; the names begin with {', '.join(list(named)[:3])}"
         remedy = "give a checkpoint of DAFormer, HRDA, MIC, CLUDA or SegFormer; an encoder alone is for model.weights"
         raise DataError(what, path, remedy)
-    parts["encoder."] = weights.to_encoder_names(_from_mmseg(parts["encoder."]), encoder)
+    parts["encoder."] = to_encoder_names(parts["encoder."], encoder)
     parts["decoder."] = _from_segformer_head(parts["decoder."])
     return Published({part + name: tensor for part, inner in parts.items() for name, tensor in inner.items()}, left_out)
 
@@ -117,36 +109,6 @@ def _from_segformer_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     fuse = named.get("fuse_layer.conv.weight")
     if reverse and fuse is not None and fuse.dim() == 4 and fuse.shape[1] % 4 == 0:
         named["fuse_layer.conv.weight"] = fuse.unflatten(1, (4, -1)).flip(1).flatten(1, 2)  # D 4E 1 1
-    return named
-
-
-def _from_mmseg(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """mmsegmentation's Mix Transformer in the layout of the SegFormer release; other encoders as they are.
-
-    There a stage is layers.<stage>.{0: patch embedding, 1: blocks, 2: norm}, query, key and value are one layer, and
-    linear layers are 1x1 convolutions.
-    """
-    if "layers.0.0.projection.weight" not in tensors:
-        return tensors
-    named = {}
-    for name, tensor in tensors.items():
-        match = re.fullmatch(r"layers\.(\d)\.(0|1\.\d+|2)\.(?:(\S+)\.)?(\w+)", name)
-        if not match:
-            named[name] = tensor
-            continue
-        stage, block, module, leaf = int(match[1]) + 1, match[2].partition(".")[2], match[3] or "", match[4]
-        if match[2] == "0":
-            named[f"patch_embed{stage}.{module.replace('projection', 'proj')}.{leaf}"] = tensor
-        elif match[2] == "2":
-            named[f"norm{stage}.{leaf}"] = tensor
-        elif leaf.startswith("in_proj_") and tensor.dim():
-            query, key, value = tensor.tensor_split(3)
-            named[f"block{stage}.{block}.attn.q.{leaf.removeprefix('in_proj_')}"] = query
-            named[f"block{stage}.{block}.attn.kv.{leaf.removeprefix('in_proj_')}"] = torch.cat([key, value])
-        else:
-            ours = MMSEG_BLOCK.get(module, module)
-            linear = ours in ("mlp.fc1", "mlp.fc2") and tensor.dim() == 4
-            named[f"block{stage}.{block}.{ours}.{leaf}"] = tensor[:, :, 0, 0] if linear else tensor
     return named
 
 

@@ -1,4 +1,4 @@
-"""Loading published weights from every layout, and refusing what does not fit."""
+"""Loading published weights from every container and layout, and refusing what does not fit."""
 
 import os
 import pickle
@@ -6,59 +6,21 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import timm
 import torch
 import torchvision
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cluda_cli.errors import DataError, EnvironmentProblem, SettingsError
+from cluda_cli.errors import DataError
 from cluda_cli.files import sha256
 from cluda_cli.models.encoders import build_encoder, load_pretrained
-from cluda_cli.models.published.encoders import MIT_HUB, from_authors, locate, to_encoder_names
+from cluda_cli.models.published.encoders import from_authors, to_encoder_names
 from cluda_cli.models.segmenter import Segmenter
 from cluda_cli.settings import Decoder, Model
 
 State = dict[str, Tensor]
-
-
-def _mit_state(seed: int = 1) -> State:
-    torch.manual_seed(seed)
-    return {
-        name: torch.randn_like(value) for name, value in build_encoder(Model(encoder="mit_b0")).state_dict().items()
-    }
-
-
-def _transformers_layout(state: State) -> State:
-    """The names of Hugging Face transformers, written independently of the code under test."""
-    inner = {
-        "norm1": "layer_norm_1", "norm2": "layer_norm_2", "attn.q": "attention.self.query",
-        "attn.sr": "attention.self.sr", "attn.norm": "attention.self.layer_norm", "attn.proj": "attention.output.dense",
-        "mlp.fc1": "mlp.dense1", "mlp.dwconv.dwconv": "mlp.dwconv.dwconv", "mlp.fc2": "mlp.dense2",
-    }  # fmt: skip
-    renamed = {"classifier.weight": torch.zeros(1000, 256), "classifier.bias": torch.zeros(1000)}
-    for name, value in state.items():
-        module, _, leaf = name.rpartition(".")
-        first, _, rest = module.partition(".")
-        stage = int(first[-1]) - 1
-        if first.startswith("patch_embed"):
-            part = "proj" if rest == "proj" else "layer_norm"
-            renamed[f"segformer.encoder.patch_embeddings.{stage}.{part}.{leaf}"] = value
-        elif first.startswith("norm"):
-            renamed[f"segformer.encoder.layer_norm.{stage}.{leaf}"] = value
-        else:
-            block, _, part = rest.partition(".")
-            prefix = f"segformer.encoder.block.{stage}.{block}"
-            if part == "attn.kv":
-                key, other = value.chunk(2)
-                renamed[f"{prefix}.attention.self.key.{leaf}"] = key
-                renamed[f"{prefix}.attention.self.value.{leaf}"] = other
-            else:
-                renamed[f"{prefix}.{inner[part]}.{leaf}"] = value
-    return renamed
 
 
 def _prefixed(state: State, prefix: str) -> State:
@@ -77,17 +39,14 @@ LAYOUTS: dict[str, Callable[[State], object]] = {
     "self-training": lambda s: {
         "state_dict": _prefixed(s, "model.backbone.") | {"ema_model.backbone.x": torch.ones(1)}
     },
-    "transformers": _transformers_layout,
-    "transformers encoder": lambda s: {
-        name.removeprefix("segformer."): value for name, value in _transformers_layout(s).items()
-    },
+    "compiled": lambda s: {"state_dict": _prefixed(s, "_orig_mod.module.encoder.")},
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("half", [False, True])
-def test_layouts_of_mix_transformers(layout, half, tmp_path):
-    state = {name: value.half() if half else value for name, value in _mit_state().items()}
+def test_containers_and_prefixes(layout, half, mit_state, tmp_path):
+    state = {name: value.half() if half else value for name, value in mit_state.items()}
     path = tmp_path / "weights.pth"
     torch.save(LAYOUTS[layout](state), path)
     model = Model(encoder="mit_b0", weights=str(path))
@@ -100,9 +59,9 @@ def test_layouts_of_mix_transformers(layout, half, tmp_path):
         assert value.dtype == torch.float32 and torch.equal(value, state[name].float()), name
 
 
-def test_report_names_the_file(tmp_path):
+def test_report_names_the_file(mit_state, tmp_path):
     path = tmp_path / "weights.safetensors"
-    save_file(_mit_state(), path)
+    save_file(mit_state, path)
     model = Model(encoder="mit_b0", weights=str(path))
     report = load_pretrained(build_encoder(model), model)
     assert report.origin == str(path) and report.sha256 == sha256(path) and len(report.sha256) == 64
@@ -117,8 +76,8 @@ def test_false_loads_nothing():
     assert torch.equal(encoder.state_dict()["norm1.weight"], before)
 
 
-@pytest.mark.parametrize("counters", [True, False])
-def test_torchvision_mobilenet(counters, tmp_path):
+@pytest.mark.parametrize(("counters", "suffix"), [(True, "pth"), (False, "pth"), (True, "safetensors")])
+def test_torchvision_mobilenet(counters, suffix, tmp_path):
     torch.manual_seed(0)
     other = torchvision.models.mobilenet_v2(weights=None).eval()
     for module in other.modules():
@@ -127,8 +86,8 @@ def test_torchvision_mobilenet(counters, tmp_path):
             module.running_var.uniform_(0.5, 1.5)
             module.weight.data.uniform_(0.5, 1.5)
     state = {n: v for n, v in other.state_dict().items() if counters or not n.endswith("num_batches_tracked")}
-    path = tmp_path / "mobilenet.pth"
-    torch.save(state, path)
+    path = tmp_path / f"mobilenet.{suffix}"
+    torch.save(state, path) if suffix == "pth" else save_file(state, path)
     model = Model(encoder="mobilenetv2_100", weights=str(path))
     encoder = build_encoder(model).eval()
     report = load_pretrained(encoder, model)
@@ -158,6 +117,14 @@ def test_classifiers_of_timm(name, tmp_path):
     with torch.no_grad():
         expected = classifier.forward_intermediates(image, norm=plain, intermediates_only=True)[-1]
         torch.testing.assert_close(encoder.eval()(image)[-1], expected)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "deit_tiny_distilled_patch16_224", "pvt_v2_b0"])
+def test_classifiers_are_left_over_without_a_word(name, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file(timm.create_model(name).state_dict() | {"elsewhere.weight": torch.ones(1)}, path)
+    model = Model(encoder=name, weights=str(path))
+    assert load_pretrained(build_encoder(model), model).unexpected == ("elsewhere.weight",)
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
@@ -262,6 +229,7 @@ def _convnext_of_its_authors(state: State) -> State:
 
 AUTHORS: dict[str, Callable[[State], State]] = {
     "swin_tiny_patch4_window7_224": _swin_of_its_authors,
+    "swinv2_tiny_window8_256": _swin_of_its_authors,
     "vit_small_patch14_reg4_dinov2": _dinov2_of_its_authors,
     "vit_small_patch16_dinov3": _dinov3_of_its_authors,
     "pvt_v2_b0": _pvt_of_its_authors,
@@ -305,8 +273,8 @@ def test_positions_of_another_size_are_resized(tmp_path):
     assert not torch.equal(encoder.network.pos_embed, build_encoder(model).network.pos_embed)
 
 
-def test_one_tensor_in_a_hundred_may_be_missing(tmp_path):
-    state = _mit_state()
+def test_one_tensor_in_a_hundred_may_be_missing(mit_state, tmp_path):
+    state = dict(mit_state)
     del state["norm4.bias"]
     path = tmp_path / "weights.pth"
     torch.save(state | {"extra.weight": torch.ones(1)}, path)
@@ -317,8 +285,8 @@ def test_one_tensor_in_a_hundred_may_be_missing(tmp_path):
     assert "1 missing (norm4.bias)" in report.summary() and "\n" not in report.summary()
 
 
-def test_below_that_the_file_is_refused_and_nothing_is_loaded(tmp_path):
-    state = _mit_state()
+def test_below_that_the_file_is_refused_and_nothing_is_loaded(mit_state, tmp_path):
+    state = dict(mit_state)
     del state["block1.0.attn.q.bias"]
     state["norm4.weight"] = torch.ones(7)
     state["elsewhere.weight"] = torch.ones(7)
@@ -343,9 +311,9 @@ def test_weights_of_another_network(tmp_path):
         load_pretrained(build_encoder(model), model)
 
 
-def test_two_networks_in_one_file(tmp_path):
+def test_two_networks_in_one_file(mit_state, tmp_path):
     path = tmp_path / "both.pth"
-    torch.save(_prefixed(_mit_state(1), "backbone.") | _prefixed(_mit_state(2), "encoder."), path)
+    torch.save(_prefixed(mit_state, "backbone.") | _prefixed(mit_state, "encoder."), path)
     with pytest.raises(DataError, match="several tensors"):
         load_pretrained(build_encoder(Model(encoder="mit_b0")), Model(encoder="mit_b0", weights=str(path)))
 
@@ -360,13 +328,13 @@ class _Code:
         return os.mkdir, (str(self.marker),)
 
 
-def _damage(folder: Path) -> dict[str, Path]:
+def _damage(folder: Path, state: State) -> dict[str, Path]:
     folder.joinpath("page.pth").write_text("<html>404</html>")
     folder.joinpath("empty.pth").write_bytes(b"")
     torch.save([1, 2], folder / "list.pth")
     torch.save({"epoch": 1}, folder / "no-tensors.pth")
-    torch.save(_mit_state(), folder / "whole.pth")
-    save_file(_mit_state(), folder / "whole.safetensors")
+    torch.save(state, folder / "whole.pth")
+    save_file(state, folder / "whole.safetensors")
     for suffix in ("pth", "safetensors"):
         content = folder.joinpath(f"whole.{suffix}").read_bytes()
         folder.joinpath(f"cut.{suffix}").write_bytes(content[: len(content) // 2])
@@ -389,135 +357,9 @@ def _damage(folder: Path) -> dict[str, Path]:
         "none",
     ],
 )
-def test_damaged_files_are_refused_and_code_is_not_run(name, tmp_path):
-    path = _damage(tmp_path).get(name, tmp_path / name)
+def test_damaged_files_are_refused_and_code_is_not_run(name, mit_state, tmp_path):
+    path = _damage(tmp_path, mit_state).get(name, tmp_path / name)
     with pytest.raises(DataError) as caught:
         load_pretrained(build_encoder(Model(encoder="mit_b0")), Model(encoder="mit_b0", weights=str(path)))
     assert caught.value.where == str(path) and caught.value.remedy and "\n" not in str(caught.value)
     assert not (tmp_path / "marker").exists()
-
-
-class _Hub:
-    """Stands in for the download; remembers what was asked for."""
-
-    def __init__(self, answer: Callable[[str], str]) -> None:
-        self.answer = answer
-        self.asked: list[tuple[str, str, str | None]] = []
-
-    def __call__(self, repository: str, file: str, revision: str | None = None) -> str:
-        self.asked.append((repository, file, revision))
-        return self.answer(file)
-
-
-def _raising(problem: Exception) -> Callable[[str], str]:
-    def answer(_: str) -> str:
-        raise problem
-
-    return answer
-
-
-@pytest.mark.parametrize("problem", [LocalEntryNotFoundError("no cache\nno network"), ConnectionError("refused")])
-@pytest.mark.parametrize(
-    ("encoder", "weights", "version"),
-    [
-        ("mit_b0", "imagenet", f"{MIT_HUB['mit_b0'][0]}@{MIT_HUB['mit_b0'][1]}"),
-        ("mobilenetv2_100", "imagenet", "timm/mobilenetv2_100.ra_in1k@main"),
-        ("mit_b0", "hf-hub:nvidia/mit-b0@abc", "nvidia/mit-b0@abc"),
-    ],
-)
-def test_unreachable_hub(problem, encoder, weights, version, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", _Hub(_raising(problem)))
-    model = Model(encoder=encoder, weights=weights)
-    with pytest.raises(EnvironmentProblem) as caught:
-        load_pretrained(build_encoder(model), model)
-    error = caught.value
-    assert error.exit_code == 4 and error.where == "model.weights" and "\n" not in str(error)
-    assert f"fetch model.safetensors of {version} on another machine" in error.remedy
-    assert "--set model.weights=PATH" in error.remedy
-    assert "--set model.weights=false --set objectives.feature_distance=false" in error.remedy
-
-
-def test_published_weights_come_from_the_pinned_revision(monkeypatch, tmp_path):
-    repository, revision = MIT_HUB["mit_b0"]
-    path = tmp_path / "snapshots" / revision / "model.safetensors"
-    path.parent.mkdir(parents=True)
-    save_file(_mit_state(), path)
-    hub = _Hub(lambda _: str(path))
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub)
-    model = Model(encoder="mit_b0")
-    report = load_pretrained(build_encoder(model), model)
-    assert hub.asked == [(repository, "model.safetensors", revision)]
-    assert report.origin == f"{repository}@{revision}/model.safetensors"
-
-
-def test_repository_without_safetensors(monkeypatch, tmp_path):
-    path = tmp_path / "snapshots" / "c0ffee" / "pytorch_model.bin"
-    path.parent.mkdir(parents=True)
-    torch.save(_transformers_layout(_mit_state()), path)
-
-    def answer(file: str) -> str:
-        if file == "model.safetensors":
-            raise EntryNotFoundError("404")
-        return str(path)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", _Hub(answer))
-    model = Model(encoder="mit_b0", weights="hf-hub:nvidia/mit-b0")
-    report = load_pretrained(build_encoder(model), model)
-    assert report.origin == "nvidia/mit-b0@c0ffee/pytorch_model.bin" and report.matched == 176
-
-
-@pytest.mark.parametrize(
-    ("encoder", "repository"),
-    [
-        ("resnet101c", "timm/resnet101c.gluon_in1k"),
-        ("swin_large_patch4_window12_384", "timm/swin_large_patch4_window12_384.ms_in22k_ft_in1k"),
-        ("vit_base_patch14_dinov2", "timm/vit_base_patch14_dinov2.lvd142m"),
-        ("vit_base_patch14_reg4_dinov2", "timm/vit_base_patch14_reg4_dinov2.lvd142m"),
-        ("vit_base_patch16_dinov3", "timm/vit_base_patch16_dinov3.lvd1689m"),
-        ("convnext_tiny.dinov3_lvd1689m", "timm/convnext_tiny.dinov3_lvd1689m"),
-    ],
-)
-def test_published_weights_are_those_that_timm_names(encoder, repository, monkeypatch):
-    hub = _Hub(_raising(ConnectionError("refused")))
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub)
-    with pytest.raises(EnvironmentProblem):
-        locate("imagenet", encoder)
-    assert [asked[0] for asked in hub.asked] == [repository]
-
-
-class _GatedError(GatedRepoError):
-    def __init__(self) -> None:
-        Exception.__init__(self, "403 Client Error")  # its own wants a server's response
-
-
-def test_gated_weights(monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", _Hub(_raising(_GatedError())))
-    with pytest.raises(EnvironmentProblem) as caught:
-        locate("imagenet", "vit_base_patch16_dinov3")
-    assert "licence" in caught.value.what and "https://huggingface.co/timm/vit_base_patch16_dinov3" in str(caught.value)
-
-
-@pytest.mark.parametrize("problem", [EntryNotFoundError("404"), HFValidationError("bad name")])
-def test_hub_without_such_weights(problem, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", _Hub(_raising(problem)))
-    with pytest.raises(SettingsError):
-        load_pretrained(build_encoder(Model(encoder="mit_b0")), Model(encoder="mit_b0", weights="hf-hub:a/b@c"))
-
-
-def test_model_without_published_weights(monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", _Hub(_raising(AssertionError("must not be asked"))))
-    model = Model(encoder="mambaout_femto")
-    encoder = build_encoder(model)
-    unpublished = next(n for n in timm.list_models() if not timm.is_model_pretrained(n))
-    with pytest.raises(SettingsError, match="no published weights"):
-        load_pretrained(encoder, Model(encoder=unpublished))
-
-
-@pytest.mark.reference
-def test_pinned_revisions_are_those_of_segmentation_models_pytorch():
-    listed = pytest.importorskip("segmentation_models_pytorch.encoders").encoders
-    expected = {}
-    for name in MIT_HUB:
-        published = listed[name]["pretrained_settings"]["imagenet"]
-        expected[name] = (published["repo_id"], published["revision"])
-    assert expected == MIT_HUB

@@ -1,0 +1,33 @@
+"""The file of a run's resumable state. It is never unpickled: reading it executes nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluda_cli.errors import DataError, EnvironmentProblem, first_line
+from cluda_cli.files import atomic
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write resumable state atomically: only a complete file replaces the previous one.
+
+    Raises EnvironmentProblem or OSError if the file cannot be written.
+    """
+    try:
+        with atomic(path) as temporary:
+            torch.save(state, temporary)
+    except RuntimeError as error:  # torch's, on a full disk
+        what = f"cannot be written ({first_line(error)})"
+        raise EnvironmentProblem(what, path, "check disk space and permissions") from error
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read resumable state into main memory. Raises DataError if the file is missing or damaged."""
+    if not path.is_file():
+        raise DataError("no saved state", path, "start the run again with --overwrite")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for damaged files
+        raise DataError(f"saved state cannot be read ({first_line(error)})", path) from error
+    return state

@@ -1,0 +1,104 @@
+"""Scores over the labelled images of a split."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cluda_cli.data.index import Index, find
+from cluda_cli.data.labels import IGNORE, ClassTable, LabelClass
+from cluda_cli.data.transforms import read_image, read_label
+from cluda_cli.errors import DataError
+from cluda_cli.inference.metrics import Confusion, Scores
+from cluda_cli.inference.scoring import compare_classes, score
+from cluda_cli.inference.sliding import image_logits
+from cluda_cli.models.segmenter import Segmenter
+from cluda_cli.settings import Decoder, Evaluation, Model
+
+BOX = (32, 64)
+UNICORN = LabelClass("unicorn", (1, 2, 3), 0)
+
+
+@pytest.fixture
+def index(tiny_data: Path) -> Index:
+    """Five classes; its val split has two labelled images of 48 x 80."""
+    return find("noisy", tiny_data)
+
+
+def make_network() -> Segmenter:
+    """Random, with five classes, of which it predicts several."""
+    torch.manual_seed(0)
+    model = Model(encoder="mobilenetv2_050", weights=False, decoder=Decoder(embed_dim=8, channels=8))
+    network = Segmenter(model, 5)
+    torch.nn.init.normal_(network.decoder.conv_seg.weight, std=20)
+    return network
+
+
+def score_val(network: Segmenter, index: Index, classes: ClassTable, **options: Any) -> Scores:
+    arguments = {"split": "val", "seen": classes.names, "box": BOX, "evaluation": Evaluation()} | options
+    return score(network, index, classes=classes, device=torch.device("cpu"), **arguments)
+
+
+def count_plainly(network: Segmenter, index: Index, table: list[int]) -> torch.Tensor:
+    """Confusion counts image by image; `table` maps train ids of the dataset to those of the network."""
+    confusion = Confusion(5)
+    lookup = torch.tensor([*table, *[IGNORE] * (256 - len(table))])
+    for item in index.labelled("val"):
+        prediction = image_logits(network, read_image(index.image_path(item)), BOX, Evaluation()).argmax(0)
+        confusion.update(prediction, lookup[read_label(index.label_path(item)).long()])
+    assert (confusion.counts.sum(0) > 0).sum() > 2  # the network is not trivial
+    return confusion.counts
+
+
+def test_counts_are_those_of_each_image_and_the_modes_are_kept(index: Index) -> None:
+    network = make_network().train()
+    scores = score_val(network, index, index.classes, seen=("road", "sky"))
+    assert network.training and scores.images == 2 and scores.seen == ("road", "sky")
+    assert torch.equal(scores.confusion.counts, count_plainly(network, index, [0, 1, 2, 3, 4]))
+    assert 0 <= scores.miou <= 100 and list(scores.iou_by_name()) == list(index.classes.names)
+
+
+def test_labels_are_matched_by_name(index: Index) -> None:
+    classes = ClassTable((UNICORN, *reversed(index.classes.classes[1:])))  # without road, in another order
+    network = make_network()
+    scores = score_val(network, index, classes)
+    assert torch.equal(scores.confusion.counts, count_plainly(network, index, [IGNORE, 4, 3, 2, 1]))
+    assert not scores.confusion.counts[0].any() and scores.defined == index.classes.names
+
+
+def test_a_split_without_labels_is_a_data_error(index: Index) -> None:
+    with pytest.raises(DataError, match='the 4 images of split "train" have no labels'):
+        score_val(make_network(), index, index.classes, split="train")
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (np.full((48, 79), 3), "label is 48 x 79 pixels, its image 48 x 80"),
+        (np.full((48, 80), 5), r"label holds 5; train ids are 0\.\.4 and 255"),
+        (np.full((48, 80), 254), "label holds 254"),
+    ],
+)
+def test_a_label_that_does_not_fit_is_named(index: Index, label: np.ndarray, message: str) -> None:
+    path = index.label_path(index.labelled("val")[1])
+    Image.fromarray(label.astype(np.uint8)).save(path)
+    with pytest.raises(DataError, match=message) as caught:
+        score_val(make_network(), index, index.classes)
+    assert caught.value.where == str(path) and caught.value.exit_code == 3
+
+
+def test_classes_of_one_side_are_named(index: Index, capsys: pytest.CaptureFixture[str]) -> None:
+    compare_classes(index.classes, index.classes)
+    assert capsys.readouterr().err == ""
+    compare_classes(ClassTable((*index.classes.classes[:2], UNICORN)), index.classes)
+    ignored, unscored = capsys.readouterr().err.splitlines()
+    assert ignored == "warning: the network does not have these classes, so their pixels are ignored: unicorn"
+    assert unscored == "warning: the dataset does not have these classes, so they are not scored: sky, person, car"
+
+
+def test_no_common_class_is_a_data_error(index: Index) -> None:
+    with pytest.raises(DataError, match="no class name in common"):
+        compare_classes(ClassTable((UNICORN,)), index.classes)

@@ -16,7 +16,7 @@ from cluda_cli.data.streams import Batch
 from cluda_cli.distributed import collectives
 from cluda_cli.engine.optim import set_learning_rate
 from cluda_cli.engine.run import Run
-from cluda_cli.engine.sharding import gather_state, unsharded_only
+from cluda_cli.engine.sharding import gather_tensor, unsharded_only
 from cluda_cli.engine.verdict import Verdict
 from cluda_cli.seeds import derive_seed
 
@@ -52,7 +52,7 @@ def training_step(run: Run, batch: Batch) -> StepResult:
         terms |= _learn(run, view, {n: o for n, o in objectives.items() if view.name in o.views})
     collectives.average_gradients(unsharded_only(gradients := _gradients(run)))
     terms = dict(zip(terms, collectives.all_reduce_mean(torch.stack(list(terms.values()))).unbind(), strict=True))
-    verdict = Verdict(step, terms | {"gradient": gather_state(torch.nn.utils.get_total_norm(gradients))})
+    verdict = Verdict(step, terms | {"gradient": gather_tensor(torch.nn.utils.get_total_norm(gradients))})
     _admit(run, verdict, before)
     set_learning_rate(run.optimizer, run.settings.optimizer, step, run.settings.training.steps)
     run.optimizer.step()

@@ -12,7 +12,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cluda_cli import console
@@ -198,15 +197,16 @@ def _announce(run: Run, folder: Path, source: Index, target: Index) -> None:
         console.warn(f"{target.name} has no labelled val split: nothing is validated, only last.safetensors is written")
     if training.shard and collectives.world_size() == 1:
         console.warn("training.shard has no effect on one device")
-    if run.device.type == "cpu" and collectives.world_size() > 1 and _normalises_batches(run.student):
+    if run.device.type == "cpu" and collectives.world_size() > 1 and _normalises_batches(run):
         console.warn("batch norms are synchronised on GPUs only: each process normalises with its own images")
     if run.device.type == "cpu" and (training.compile or training.precision == "bfloat16"):
         console.warn("training.compile and training.precision=bfloat16 are ignored on the CPU")
 
 
-def _normalises_batches(network: nn.Module) -> bool:
-    """Whether a network in training mode has batch norms that are not frozen."""
-    return any(isinstance(module, _BatchNorm) and module.training for module in network.modules())
+def _normalises_batches(run: Run) -> bool:
+    """Whether the student or an objective has batch norms that are not frozen."""
+    modules = [*run.student.modules(), *run.objectives.modules()]
+    return any(isinstance(module, _BatchNorm) and module.training for module in modules)
 
 
 def _warn_of_no_effect(settings: Settings) -> None:

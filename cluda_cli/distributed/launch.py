@@ -1,13 +1,14 @@
 """Start the ranks of a run on this machine with torch.multiprocessing.
 
 Each process gets the environment variables that torchrun sets, so a run does not know which of the two started it.
-docs/decisions/0010-launching.md says why `--devices` does not call torchrun.
+docs/decisions/0009-several-devices.md says why `--devices` does not call torchrun.
 """
 
 import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing import active_children, parent_process, resource_tracker
@@ -20,7 +21,7 @@ from cluda_cli.errors import EnvironmentProblem
 GRACE = 60.0
 """Seconds that the other ranks have to end by themselves once one has failed, because rank 0 may be saving."""
 HASTE = 5.0
-"""Seconds that each rank has to end after the second Ctrl-C."""
+"""Seconds that the ranks have to end after the second Ctrl-C."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -77,8 +78,9 @@ def _join(context: ProcessContext) -> None:
     except ProcessExitedException:
         pass  # the exit codes tell more than the first one that torch met
     except KeyboardInterrupt:
+        deadline = time.monotonic() + HASTE
         for process in context.processes:
-            process.join(HASTE)
+            process.join(max(deadline - time.monotonic(), 0))
             process.kill()
             process.join()
 

@@ -83,7 +83,7 @@ def gather_model_state(module: nn.Module) -> dict[str, Tensor]:
 def gather_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The whole state of an optimizer, in main memory, on rank 0; the other ranks must call it too.
 
-    torch's get_optimizer_state_dict is of no use here (docs/decisions/0011-whole-state.md).
+    docs/decisions/0010-optimizer-state.md says why it is not torch's get_optimizer_state_dict.
     """
     state = optimizer.state_dict()
     moments = {

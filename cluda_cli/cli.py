@@ -1,6 +1,8 @@
 """The commands. Each parses its options, loads settings and calls one verb. Only the verbs import torch."""
 
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from cluda_cli import __version__, console
-from cluda_cli.distributed import launch
+from cluda_cli.distributed.place import read_place
 from cluda_cli.errors import CludaError, EnvironmentProblem, Interrupted, SettingsError
 
 # \b keeps the line breaks of a paragraph in the help.
@@ -150,8 +152,8 @@ def train(
         raise SettingsError("--resume and --overwrite exclude each other", "train", "give one of them")
     from cluda_cli import presets
 
-    place = launch.place()
-    if place and not place.talks:
+    place = read_place()
+    if place and not place.prints:
         console.mute()
     if place and devices not in (None, place.world_size):
         what = f"--devices {devices}, but torchrun started {place.world_size} processes"
@@ -166,7 +168,9 @@ def train(
         settings = presets.load(preset or [], options, set_ or [])
 
     if devices and devices > 1 and place is None:  # all processes take the folder that was found here
-        raise typer.Exit(launch.launch(devices, [*sys.argv[1:], "--run", str(folder)]))
+        from cluda_cli.distributed.launch import launch
+
+        raise typer.Exit(launch(devices, partial(main, [*sys.argv[1:], "--run", str(folder)])))
     from cluda_cli.commands.train import train
 
     train(settings, folder, resume=resume, overwrite=overwrite)
@@ -353,6 +357,6 @@ def show_presets(
         )
 
 
-def main() -> None:
-    """Entry point of the `cluda` command."""
-    app(prog_name="cluda")
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `cluda` command; the arguments are those of the shell unless given."""
+    app(arguments, prog_name="cluda")

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cluda_cli import console
 from cluda_cli.data import index as prepared
@@ -205,8 +206,16 @@ def _announce(run: Run, folder: Path, sources: Sequence[Index], target: Index) -
         console.warn(f"{target.name} has no labelled val split: nothing is validated, only last.safetensors is written")
     if training.shard and collectives.world_size() == 1:
         console.warn("training.shard has no effect on one device")
+    if run.device.type == "cpu" and collectives.world_size() > 1 and _normalises_batches(run):
+        console.warn("batch norms are synchronised on GPUs only: each process normalises with its own images")
     if run.device.type == "cpu" and (training.compile or training.precision == "bfloat16"):
         console.warn("training.compile and training.precision=bfloat16 are ignored on the CPU")
+
+
+def _normalises_batches(run: Run) -> bool:
+    """Whether the student or an objective has batch norms that are not frozen."""
+    modules = [*run.student.modules(), *run.objectives.modules()]
+    return any(isinstance(module, _BatchNorm) and module.training for module in modules)
 
 
 def _warn_of_no_effect(settings: Settings) -> None:

@@ -1,1 +1,1 @@
-"""Several processes that train one run: launching them and their collectives."""
+"""The processes that train one run: starting them, and the collectives between them."""

@@ -1,72 +1,70 @@
-"""Several processes that train one run, each on its own device and with its own part of every batch.
+"""The processes that train one run together, each with its own device and its own images, and their collectives.
 
-The processes compute what one process with the joint batch computes. Rank r holds the images at its positions of that
-batch. Every process runs backward on a loss whose mean over the processes is the joint loss; where it depends on the
-images of others, its gradient is that of the sum over the processes, and the mean of all gradients is the joint one.
+They compute what one process computes with the joint batch, of which each rank holds the images at its positions. A
+rank runs backward on its own loss. The mean of these losses over the ranks is the loss of the joint batch, and the mean
+of the gradients is its gradient.
 
-Alone, a process never touches torch.distributed: sums and gathered rows are then what goes in.
+A single process never touches torch.distributed: a sum, a mean or gathered rows are then the argument itself.
 """
 
-import os
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from cluda_cli import console
-from cluda_cli.distributed import launch
+from cluda_cli.distributed.place import Place, read_place
 from cluda_cli.errors import CludaError, EnvironmentProblem, RunError, SettingsError, first_line
 
-ALONE = launch.Place(rank=0, local_rank=0, world_size=1, talks=True)
+ALONE = Place(rank=0, local_rank=0, world_size=1, prints=True)
 BUCKET = 2**24
-"""Numbers of a gradient that travel at once: enough that the start of a transfer costs nothing beside it."""
+"""Gradient elements of one all-reduce; so many that its latency costs little beside the transfer."""
 
 _place = ALONE
 
 
-class RankLost(Exception):  # noqa: N818  the error is the peer's, and it has told it
-    """Another process has ended while this one waited for it."""
+class RankLost(Exception):  # noqa: N818  the rank that has ended reports the error
+    """Another process has ended while this one waited for it in a collective."""
 
 
 def rank() -> int:
-    """Number of this process; 0 writes files and talks."""
+    """Number of this process; rank 0 writes the files and prints."""
     return _place.rank
 
 
 def world_size() -> int:
+    """Number of processes."""
     return _place.world_size
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Meet the other processes of the run, if there are any, for the length of the block.
+    """Form a process group with the other ranks of the run, if there are any, for the length of the block.
 
-    Of all that goes wrong in the processes, only the first is told; the others end quietly, with their exit code.
-    Raises EnvironmentProblem if the processes do not meet.
+    Only the first rank that fails prints its error; the others exit with their code and print nothing. Raises
+    EnvironmentProblem if the ranks cannot connect.
     """
     global _place
-    place = launch.place()
+    place = read_place()
     if place is None:
         yield
         return
-    _end_with_launcher()
     if place.rank == 0:
         console.unmute()
-    store = _meet(place)
+    store = _init_process_group(place)
     _place = place
     try:
         yield
-        any_rank(False)  # nobody leaves while others work
+        any_rank(False)  # a rank that ended now would fail the collectives of the others
         dist.destroy_process_group()
     except RankLost:
         raise SystemExit(1) from None
     except (Exception, KeyboardInterrupt) as problem:
-        if not _first_to_tell(store):
+        if not _is_first_failure(store):
             raise SystemExit(problem.exit_code if isinstance(problem, CludaError) else 1) from None
         console.unmute()
         raise
@@ -74,8 +72,8 @@ def process_group() -> Iterator[None]:
         _place = ALONE
 
 
-def _meet(place: launch.Place) -> dist.Store:
-    """Tensors in main memory travel over gloo, those of GPUs over NCCL."""
+def _init_process_group(place: Place) -> dist.Store:
+    """Connect with gloo for tensors in main memory and NCCL for those on GPUs; return the store of the group."""
     try:
         store, _, _ = next(iter(dist.rendezvous("env://")))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -87,31 +85,18 @@ def _meet(place: launch.Place) -> dist.Store:
     return store
 
 
-def _first_to_tell(store: dist.Store) -> bool:
+def _is_first_failure(store: dist.Store) -> bool:
+    """Whether no other rank has failed before this one."""
     try:
-        return store.add("told", 1) == 1
-    except RuntimeError:  # process 0 keeps the store: it has ended, and told why
+        return store.add("failures", 1) == 1
+    except RuntimeError:  # rank 0 serves the store and has ended, after it printed its error
         return False
 
 
-def _end_with_launcher() -> None:
-    """End when the launcher is killed outright, rather than hold the device for nobody."""
-    parent = os.getppid()
-    if os.environ.get(launch.LAUNCHER) != str(parent):
-        return
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def local_device(wanted: str) -> str:
-    """The name of this process's own device: of the GPU with its number where `wanted` is auto or cuda.
+    """The device of this rank: the GPU with its local rank where `wanted` is auto or cuda, otherwise `wanted`.
 
-    Raises SettingsError for a name that means one device, EnvironmentProblem if there are too few.
+    Raises SettingsError for the name of one GPU, EnvironmentProblem if this machine has too few GPUs.
     """
     if world_size() == 1 or wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return wanted
@@ -128,7 +113,7 @@ def local_device(wanted: str) -> str:
 
 
 def local_positions(batch_size: int) -> range:
-    """Which images of the joint batch this process has. Raises SettingsError if they cannot be shared out evenly."""
+    """Positions in the joint batch of this rank's images. Raises SettingsError if not all ranks get equally many."""
     each, rest = divmod(batch_size, world_size())
     if rest:
         what = f"{batch_size} images per domain cannot be shared evenly among {world_size()} devices"
@@ -137,17 +122,18 @@ def local_positions(batch_size: int) -> range:
 
 
 def global_count(count: int) -> int:
-    """Images of the joint batch where each process has `count`."""
+    """Number of images in the joint batch where each rank has `count`."""
     return count * world_size()
 
 
 def local_rows(rows: Tensor) -> Tensor:
-    """This process's rows of what was made for the joint batch."""
+    """The rows of this rank out of those of the joint batch; world_size * n ... -> n ..."""
     return rows if world_size() == 1 else rows.chunk(world_size())[rank()]
 
 
 @contextmanager
-def _with_peers() -> Iterator[None]:
+def _raise_rank_lost() -> Iterator[None]:
+    """Turn the error of a collective whose peer has ended into RankLost."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -157,30 +143,30 @@ def _with_peers() -> Iterator[None]:
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum over the processes, without a gradient."""
+    """Sum over the ranks, without a gradient."""
     if world_size() == 1:
         return tensor
     summed = tensor.detach().clone()
-    with _with_peers():
+    with _raise_rank_lost():
         dist.all_reduce(summed)
     return summed
 
 
 def all_reduce_mean(tensor: Tensor) -> Tensor:
-    """Mean over the processes, without a gradient."""
+    """Mean over the ranks, without a gradient."""
     return tensor if world_size() == 1 else all_reduce_sum(tensor) / world_size()
 
 
 def all_reduce_any(mask: Tensor) -> Tensor:
-    """Where a boolean mask of the same shape is set in any process."""
+    """Where a boolean mask, of one shape on all ranks, is set on any of them."""
     return mask if world_size() == 1 else all_reduce_sum(mask.int()) > 0
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:
-    """The rows of all processes, as many of each, in the order of the joint batch; n ... -> world_size * n ...
+    """All-gather the rows of all ranks in the order of the joint batch; n ... -> world_size * n ...
 
-    Whoever makes a loss of them makes the same loss in all processes, which spares the way back: by the rule at the top
-    of this file, the gradient of a row is world_size times what the loss of this process says.
+    The caller must compute the same loss from them on every rank. The backward pass then needs no all-reduce: the sum
+    over the ranks of the gradient of a row is world_size times its gradient on this rank.
     """
     return rows if world_size() == 1 else _Gather.apply(rows)
 
@@ -188,11 +174,11 @@ def all_gather_rows(rows: Tensor) -> Tensor:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, rows: Tensor) -> Tensor:
-        sent = rows.byte() if rows.dtype == torch.bool else rows.contiguous()
-        parts = [torch.empty_like(sent) for _ in range(world_size())]
-        with _with_peers():
-            dist.all_gather(parts, sent)
-        return torch.cat(parts).to(rows.dtype)
+        own = rows.byte() if rows.dtype == torch.bool else rows.contiguous()
+        gathered = [torch.empty_like(own) for _ in range(world_size())]
+        with _raise_rank_lost():
+            dist.all_gather(gathered, own)
+        return torch.cat(gathered).to(rows.dtype)
 
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
@@ -200,7 +186,7 @@ class _Gather(torch.autograd.Function):
 
 
 def average_gradients(tensors: Sequence[Tensor]) -> None:
-    """Replace tensors of one type, such as gradients, by their mean over the processes."""
+    """Replace tensors of one dtype, such as gradients, by their mean over the ranks, in place."""
     if world_size() == 1:
         return
     bucket: list[Tensor] = []
@@ -214,13 +200,13 @@ def average_gradients(tensors: Sequence[Tensor]) -> None:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether it is true in any process; waits for all of them."""
+    """Whether it is true on any rank; all ranks must call it."""
     return bool(all_reduce_any(torch.tensor(flag)))
 
 
 @contextmanager
 def fail_together() -> Iterator[None]:
-    """What each process does on its own: what fails in one, fails in all with the same error. Waits for all."""
+    """Raise on all ranks the error that the block raises on one of them; all ranks must enter and leave the block."""
     if world_size() == 1:
         yield
         return
@@ -233,8 +219,18 @@ def fail_together() -> Iterator[None]:
         problem = error
     if not any_rank(problem is not None):
         return
-    sent = problem if isinstance(problem, CludaError) or problem is None else RunError(first_line(problem))
-    received: list[CludaError | None] = [None] * world_size()
-    with _with_peers():
-        dist.all_gather_object(received, sent)
-    raise problem or next(p for p in received if p is not None)
+    own = problem if isinstance(problem, CludaError) or problem is None else RunError(first_line(problem))
+    problems: list[CludaError | None] = [None] * world_size()
+    with _raise_rank_lost():
+        dist.all_gather_object(problems, own)
+    raise problem or next(p for p in problems if p is not None)
+
+
+def convert_batch_norms(module: nn.Module, device: torch.device) -> None:
+    """Let the batch norms below `module` normalise with the statistics of all ranks, where they run on GPUs.
+
+    Parameters, buffers and their names stay. torch synchronises no batch norm on a CPU: each rank then normalises with
+    its own images.
+    """
+    if world_size() > 1 and device.type == "cuda":
+        convert_sync_batchnorm(module)

@@ -25,7 +25,7 @@ from cluda_cli import __version__
 from cluda_cli.data.index import Index
 from cluda_cli.distributed import collectives
 from cluda_cli.engine.run import Run
-from cluda_cli.engine.sharding import gather_state
+from cluda_cli.engine.sharding import gather_model_state
 from cluda_cli.engine.state_file import load_state, save_state
 from cluda_cli.errors import DataError, SettingsError
 from cluda_cli.files import remove_temporaries, write_json, write_text
@@ -113,7 +113,7 @@ class RunFolder:
 
     def _save_weights(self, run: Run, path: Path) -> None:
         name = run.settings.evaluation.network
-        state = gather_state(run.evaluated.state_dict())
+        state = gather_model_state(run.evaluated)
         if not collectives.rank():
             described = NetworkDescription(
                 settings=run.settings, classes=run.classes, seen=run.seen, network_name=name, step=run.step

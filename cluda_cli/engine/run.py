@@ -10,12 +10,17 @@ from cluda_cli.adaptation.teacher import Teacher
 from cluda_cli.data.index import Index, joint_classes, seen_classes
 from cluda_cli.distributed import collectives
 from cluda_cli.engine.optim import build_optimizer
-from cluda_cli.engine.sharding import gather_state, scatter_optimizer_state, scatter_state, shard
+from cluda_cli.engine.sharding import (
+    gather_model_state,
+    gather_optimizer_state,
+    scatter_model_state,
+    scatter_optimizer_state,
+    shard,
+)
 from cluda_cli.engine.start import start_from
 from cluda_cli.errors import SettingsError, first_line
 from cluda_cli.models.boxes import Boxes
 from cluda_cli.models.encoders import LoadReport, load_pretrained
-from cluda_cli.models.joint_norm import synchronise
 from cluda_cli.models.multires import build_segmenter
 from cluda_cli.models.segmenter import Output, Segmenter
 from cluda_cli.objectives import build_makers, build_objectives
@@ -55,8 +60,8 @@ class Run:
         self.student.to(device)
         self._try_crop()
         self.objectives.to(device)
-        synchronise(self.student)
-        synchronise(self.objectives)
+        collectives.convert_batch_norms(self.student, device)
+        collectives.convert_batch_norms(self.objectives, device)
         compiled = settings.training.compile and device.type == "cuda"
         self.forward: Callable[[torch.Tensor, Boxes | None], Output] = (
             torch.compile(self.student) if compiled else self.student
@@ -101,12 +106,12 @@ class Run:
         return next((law for law in laws if law is not None), None)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on."""
+        """All that is needed to go on, on rank 0; all ranks must call it."""
         return {
-            "student": gather_state(self.student.state_dict()),
-            "teacher": gather_state(self.teacher.state_dict()),
-            "objectives": gather_state(self.objectives.state_dict()),
-            "optimizer": gather_state(self.optimizer.state_dict()),
+            "student": gather_model_state(self.student),
+            "teacher": gather_model_state(self.teacher),
+            "objectives": gather_model_state(self.objectives),
+            "optimizer": gather_optimizer_state(self.optimizer),
             "step": self.step,
             "validated": self.validated,
             "best": self.best,
@@ -116,7 +121,7 @@ class Run:
         """Raises SettingsError if the state is of another network or other objectives."""
         try:
             for name, module in (("student", self.student), ("teacher", self.teacher), ("objectives", self.objectives)):
-                module.load_state_dict(scatter_state(state[name], module))
+                module.load_state_dict(scatter_model_state(state[name], module))
             self._load_optimizer(state["optimizer"])
             self.step, self.validated, self.best = state["step"], state["validated"], state["best"]
         except (RuntimeError, KeyError, ValueError) as error:

@@ -1,7 +1,7 @@
-"""Parameters, gradients and moments spread over the processes of a run, for networks that do not fit one device.
+"""Sharding with FSDP2: each rank keeps a part of every parameter, gradient and moment, where one GPU is too small.
 
-FSDP2 gathers the parameters of a block for as long as the block computes. Whatever is saved is whole: a sharded run
-goes on unsharded, or with another number of processes, and the other way round.
+FSDP2 gathers the parameters of a block while the block computes. Saved files hold whole tensors, so a run can resume
+with or without sharding and with any number of ranks.
 """
 
 import warnings
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -18,12 +19,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from cluda_cli.distributed import collectives
 from cluda_cli.models.segmenter import Detail, Output, Segmenter
 
-_known_to_torch = False
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+_outputs_registered = False
 
 
 def shard(networks: Sequence[Segmenter], objectives: nn.ModuleDict, device: torch.device) -> None:
-    """Spread networks and what objectives learn; optimizers are to be built after it."""
-    _tell_torch()
+    """Shard networks and objectives with parameters. Optimizers must be built afterwards."""
+    _register_outputs()
     mesh = init_device_mesh(device.type, (collectives.world_size(),))
     for network in networks:
         for block in _blocks(network.encoder):
@@ -35,22 +38,23 @@ def shard(networks: Sequence[Segmenter], objectives: nn.ModuleDict, device: torc
 
 
 def _shard_root(module: nn.Module, mesh: DeviceMesh) -> None:
-    # Between forward passes the parameters of the teacher and of the student lie spread alike, for the moving average.
+    # The moving average needs the parameters of student and teacher sharded alike between forward passes.
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
-def _tell_torch() -> None:
-    """FSDP2 looks for tensors in what modules give and take, and does not know our dataclasses."""
-    global _known_to_torch
-    if not _known_to_torch:
+def _register_outputs() -> None:
+    """Let FSDP2 find the tensors in the outputs of networks, which are dataclasses."""
+    global _outputs_registered
+    if not _outputs_registered:
         for kind in (Output, Detail):
             torch.export.register_dataclass(kind, serialized_type_name=f"{kind.__module__}.{kind.__name__}")
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which nobody writes to
-        _known_to_torch = True
+        # Nothing writes to these views.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+        _outputs_registered = True
 
 
 def _blocks(encoder: nn.Module) -> list[nn.Module]:
-    """Residual or transformer blocks: elements, all of one type, of the innermost lists that hold any."""
+    """Residual or transformer blocks: the elements of the innermost lists whose elements are blocks of one type."""
     blocks: list[nn.Module] = []
     for module in reversed(list(encoder.modules())):
         elements = list(module.children()) if isinstance(module, nn.ModuleList | nn.Sequential) else []
@@ -65,56 +69,76 @@ def _is_block(module: nn.Module) -> bool:
     return any(True for _ in module.children()) and any(True for _ in module.parameters())
 
 
-def gather_state(value: Any) -> Any:
-    """State with every spread tensor gathered, through dicts. All processes must call it."""
-    if isinstance(value, DTensor):
-        return value.full_tensor()
-    if isinstance(value, dict) and collectives.world_size() > 1:
-        return {key: gather_state(item) for key, item in value.items()}
-    return value
+def gather_tensor(tensor: Tensor) -> Tensor:
+    """All-gather a sharded tensor; any other is returned as it is. All ranks must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gather_model_state(module: nn.Module) -> dict[str, Tensor]:
+    """The whole state of a module, in main memory, on rank 0; {} on the other ranks, which must call it too."""
+    state: dict[str, Tensor] = get_model_state_dict(module, options=WHOLE)
+    return state
+
+
+def gather_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The whole state of an optimizer, in main memory, on rank 0; the other ranks must call it too.
+
+    docs/decisions/0010-optimizer-state.md says why it is not torch's get_optimizer_state_dict.
+    """
+    state = optimizer.state_dict()
+    moments = {
+        i: {name: _gather_to_first(value) for name, value in values.items()} for i, values in state["state"].items()
+    }
+    return state | {"state": moments}
+
+
+def _gather_to_first(tensor: Tensor) -> Tensor | None:
+    whole = gather_tensor(tensor)
+    return None if collectives.rank() else whole.cpu()
 
 
 def unsharded_only(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Those that each process has whole; FSDP2 averages the gradients of the others itself."""
+    """The tensors that every rank has whole, whose gradients FSDP2 does not average."""
     return [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
 
 
 def shard_like(tensor: Tensor, model: Tensor) -> Tensor:
-    """A whole tensor spread as `model` is, if it is."""
+    """This rank's part of a whole tensor if `model` is sharded, the tensor itself if not."""
     if not isinstance(model, DTensor):
         return tensor
     return distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements)
 
 
-def scatter_state(state: dict[str, Any], module: nn.Module) -> dict[str, Any]:
-    """A module's whole state, as that module can load it."""
-    if collectives.world_size() == 1:
-        return state
+def scatter_model_state(state: dict[str, Any], module: nn.Module) -> dict[str, Any]:
+    """The whole state of a module as the module can load it, sharded as its parameters are."""
     own = module.state_dict()
     return {name: shard_like(value, own[name]) if name in own else value for name, value in state.items()}
 
 
 def scatter_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's whole state, as that optimizer can load it; moments lie where their parameters do."""
+    """The whole state of an optimizer as the optimizer can load it, moments sharded as their parameters are."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def place(value: Tensor, parameter: Tensor) -> Tensor:
+    def scatter(value: Tensor, parameter: Tensor) -> Tensor:
         return shard_like(value, parameter) if value.shape == parameter.shape else value  # the step count is one number
 
-    moments = {i: {key: place(value, parameters[i]) for key, value in of.items()} for i, of in state["state"].items()}
+    moments = {
+        i: {name: scatter(value, parameters[i]) for name, value in values.items()}
+        for i, values in state["state"].items()
+    }
     return state | {"state": moments}
 
 
 @contextmanager
 def unsharded(network: nn.Module) -> Iterator[None]:
-    """Keep a spread network whole for the block, in which processes may run it as often as each likes."""
-    parts = [module for module in network.modules() if isinstance(module, FSDPModule)]
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
+    """Keep all parameters of a sharded network on every rank for the block, so that ranks may run it independently."""
+    sharded = [module for module in network.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
     try:
         yield
     finally:
-        for part in parts:
-            part.reshard()
-            part.set_reshard_after_forward(True, recurse=False)
+        for module in sharded:
+            module.reshard()
+            module.set_reshard_after_forward(True, recurse=False)

@@ -35,6 +35,7 @@ def start_from(path: Path, network: Segmenter, classes: ClassTable) -> str:
         else:
             sizes = " and ".join(" x ".join(map(str, shape)) for shape in (other.shape, tensor.shape))
             raise SettingsError(f"holds another network: {name} is {sizes}", WHERE, _remedy(path))
+    network.encoder.normalisation = deployed.network.normalisation
     new = [name for name in classes.names if name not in deployed.classes.names]
     return f"starts from {path}" + (f"; new classes: {', '.join(new)}" if new else "")
 

@@ -16,7 +16,7 @@ from cluda_cli.data.batch import Batch
 from cluda_cli.distributed import collectives
 from cluda_cli.engine.optim import set_learning_rate
 from cluda_cli.engine.run import Run
-from cluda_cli.engine.sharding import gather_state, unsharded_only
+from cluda_cli.engine.sharding import gather_tensor, unsharded_only
 from cluda_cli.errors import RunError
 from cluda_cli.models.segmenter import Output
 from cluda_cli.objectives.objective import Objective
@@ -137,7 +137,7 @@ def _measure(
 
 def _require_finite(step: int, terms: Mapping[str, Tensor], gradients: Sequence[Tensor]) -> None:
     """Raise RunError that names what is not finite: a broken term breaks the norm of the gradient."""
-    norm = gather_state(torch.nn.utils.get_total_norm(gradients))
+    norm = gather_tensor(torch.nn.utils.get_total_norm(gradients))
     if bool(norm.isfinite()):
         return
     broken = [name for name, value in terms.items() if not bool(value.isfinite())] or ["the gradient"]

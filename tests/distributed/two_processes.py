@@ -1,6 +1,10 @@
-"""What each process of `test_parallel.py` does: python two_processes.py SETTINGS OUT, with torchrun's variables."""
+"""What each process of `test_collectives.py` does: python two_processes.py FOLDER NAME..., with torchrun's variables.
+
+FOLDER/NAME.json holds settings; the result of rank r is FOLDER/NAME-r.pt.
+"""
 
 import sys
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -11,19 +15,24 @@ from cluda_cli.data.index import find
 from cluda_cli.data.streams import batches
 from cluda_cli.distributed import collectives
 from cluda_cli.engine.run import Run
-from cluda_cli.engine.sharding import gather_state
+from cluda_cli.engine.sharding import gather_tensor
 from cluda_cli.engine.step import training_step
 from cluda_cli.inference.scoring import score
+from cluda_cli.models.mit import VARIANTS, Variant
 from cluda_cli.settings import Settings
+
+Tensors = dict[str, torch.Tensor]
+NARROW = Variant((8, 8, 20, 32), (1, 1, 1, 2))
+"""A MiT with few channels and blocks, in place of MiT-B0."""
 
 
 def outcome(settings: Settings) -> dict[str, Any]:
     """Two training steps in float64 and a validation: all that must not depend on the number of processes."""
     source, target = (find(name, settings.data.root) for name in (settings.data.source, settings.data.target))
     run = Run(settings, [source], torch.device("cpu"))
-    for module in run.objectives.modules():  # the masks of dropout depend on the process
-        if isinstance(module, torch.nn.Dropout2d):
-            module.p = 0.0
+    for module in run.objectives.modules():
+        if isinstance(module, torch.nn.Dropout2d | torch.nn.BatchNorm2d):
+            module.eval()  # masks and batch statistics depend on the rank
     found: dict[str, Any] = {}
     with patch.object(torch.Tensor, "float", torch.Tensor.double):  # losses are in float32 whatever the networks have
         for module in (run.student, run.teacher, run.objectives):
@@ -42,18 +51,27 @@ def outcome(settings: Settings) -> dict[str, Any]:
     return found
 
 
-def state(run: Run) -> dict[str, dict[str, torch.Tensor]]:
-    """Copies of gradients, parameters, buffers and moments."""
-    parts, gradients = run.state_dict(), {}
-    for name, module in (("student", run.student), ("objectives", run.objectives)):
-        gradients |= {f"{name}.{n}": gather_state(p.grad) for n, p in module.named_parameters() if p.grad is not None}
-    found = {part: parts[part] for part in ("student", "teacher", "objectives")} | {"gradients": gradients}
-    found["optimizer"] = {f"{n} {k}": v for n, kinds in parts["optimizer"]["state"].items() for k, v in kinds.items()}
-    return {part: {name: tensor.clone() for name, tensor in tensors.items()} for part, tensors in found.items()}
+def state(run: Run) -> dict[str, Tensors]:
+    """Copies of this rank's gradients, parameters, buffers and moments, gathered where they are sharded."""
+    modules = {"student": run.student, "teacher": run.teacher, "objectives": run.objectives}
+    found: dict[str, Tensors] = {name: dict(module.state_dict()) for name, module in modules.items()}
+    found["gradients"] = {
+        f"{name}.{n}": p.grad
+        for name, module in modules.items()
+        for n, p in module.named_parameters()
+        if p.grad is not None
+    }
+    moments = run.optimizer.state_dict()["state"]
+    found["optimizer"] = {f"{i} {name}": value for i, values in moments.items() for name, value in values.items()}
+    return {part: {name: gather_tensor(t).clone() for name, t in tensors.items()} for part, tensors in found.items()}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    VARIANTS["mit_b0"] = NARROW
+    folder = Path(sys.argv[1])
     with collectives.process_group():
-        results = outcome(presets.load([sys.argv[1]]))
-        torch.save(results, f"{sys.argv[2]}-{collectives.rank()}.pt")
+        for case in sys.argv[2:]:
+            torch.save(
+                outcome(presets.load([str(folder / f"{case}.json")])), folder / f"{case}-{collectives.rank()}.pt"
+            )

@@ -28,7 +28,7 @@ def _pattern(value: str) -> str:
         raise ValueError("** stands for whole folders, as in images/**/*.png")
     if parts[-1] in {"", "**"}:
         raise ValueError("the pattern names a folder; end it with a file name such as *.png")
-    return "/".join(part for part in parts if part != ".")
+    return "/".join(part for part in parts if part not in {"", "."})
 
 
 def _plain_name(value: str) -> str:

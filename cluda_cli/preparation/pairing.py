@@ -1,11 +1,15 @@
 """Find images and labels by glob patterns, and decide which belong together."""
 
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 
+from wcmatch import glob
+
+from cluda_cli.errors import DataError
 from cluda_cli.preparation.problems import Kind, Problem
 
 
@@ -90,22 +94,27 @@ def find_pairs(root: Path, splits: Sequence[Split]) -> Pairs:
 
 
 def find_files(root: Path, pattern: str) -> Iterator[Found]:
-    """Files below `root` that match a glob pattern, by path; hidden files (as macOS leaves behind) do not count."""
-    regex = _capturing_regex(pattern)
-    depth = pattern.count("/") + 1
-    names = (path.relative_to(root).as_posix() for path in root.glob(pattern) if path.is_file())
-    for name in sorted(n for n in names if not any(part.startswith(".") for part in n.split("/"))):
-        found = regex.fullmatch(name)
-        assert found, f"{name} was found by {pattern} but does not match it"
-        # Groups of the folders come first; those of the file name are numbered from `folders + 1`.
-        folders = sum(_count_groups(part) for part in pattern.split("/")[: depth - 1])
-        folder = "/".join(part.strip("/") for part in found.groups()[:folders] if part.strip("/"))
-        parts = found.groups()[folders:]
-        suffix_alone = len(parts) > 1 and _ANY_SUFFIX.search(pattern)  # what the last wildcard stands for
-        key = "_".join(parts[:-1] if suffix_alone else parts)
-        if key and pattern[-1] in "*?]" and not suffix_alone:  # the last wildcard swallowed the suffix
-            key = str(PurePosixPath(key).with_suffix(""))
-        yield Found(name, folder, key)
+    """Files below `root` that match a glob, sorted by path.
+
+    Wildcards do not match hidden files (macOS leaves some behind), and `**` does not follow links to folders.
+    Raises DataError if the glob uses a wildcard other than `*`, `?`, `[...]` and `**`.
+    """
+    folder_glob, name_glob = _split_name(pattern)
+    suffix_is_wild = _WILD_SUFFIX.search(name_glob)
+    for path in sorted(glob.glob(pattern, root_dir=root, flags=glob.GLOBSTAR | glob.CASE)):
+        if not (root / path).is_file():
+            continue  # a folder, or a link to nothing
+        path = PurePath(path).as_posix()
+        folder, name = _split_name(path)
+        folder_parts = _capture(folder_glob, folder, root)
+        name_parts = _capture(name_glob, name, root)
+        if suffix_is_wild and len(name_parts) > 1:
+            key = "_".join(name_parts[:-1])
+        else:
+            key = "_".join(name_parts)
+            if key and name_glob[-1] in "*?]":  # the last wildcard stands for the suffix as well
+                key = str(PurePosixPath(key).with_suffix(""))
+        yield Found(path, "/".join(part.strip("/") for part in folder_parts if part.strip("/")), key)
 
 
 def match(images: Sequence[Found], labels: Sequence[Found]) -> tuple[dict[str, str], set[str]]:
@@ -162,33 +171,37 @@ def _shared(pairs: Sequence[Pair]) -> list[Problem]:
     return [Problem(Kind.SHARED, image, ", ".join(of)) for image, of in splits.items() if len(of) > 1]
 
 
-_WILDCARD = re.compile(r"\*|\?|\[[^\]]+\]")
-_WILDCARDS = re.compile(rf"(?:{_WILDCARD.pattern})+")
-_ANY_SUFFIX = re.compile(rf"\.(?:{_WILDCARD.pattern})+$")
+_WILDCARD = r"(?:[*?]|\[[!^]?+(?:\][^]]*|[^]]+)\])"
+_RUN = re.compile(rf"((?<![^/])\*\*/|{_WILDCARD}+)")
+_WILD_SUFFIX = re.compile(rf"\.{_WILDCARD}+$")
 
 
-def _count_groups(part: str) -> int:
-    return len(_WILDCARDS.findall(part))
+def _split_name(path: str) -> tuple[str, str]:
+    """`a/b/c` -> `a/b/`, `c`."""
+    start = path.rfind("/") + 1
+    return path[:start], path[start:]
 
 
-def _capturing_regex(pattern: str) -> re.Pattern[str]:
-    """The glob as a regular expression with one group per run of wildcards."""
-    *folders, name = pattern.split("/")
-    text = ""
-    for part in folders:
-        text += "((?:[^/]+/)*)" if part == "**" else _capture(part) + "/"
-    return re.compile(text + _capture(name))
+def _capture(pattern: str, text: str, root: Path) -> tuple[str, ...]:
+    """What each run of wildcards in a glob stands for in a text that matches the glob."""
+    found = _compile(pattern).fullmatch(text)
+    if not found:
+        raise DataError(
+            f'it is unclear what the wildcards of "{pattern}" stand for in {text}', root, "simplify the glob"
+        )
+    return found.groups()
 
 
-def _capture(part: str) -> str:
-    """One component of a pattern; as in glob, `[!...]` negates."""
-    text, last = "", 0
-    for run in _WILDCARDS.finditer(part):
-        inner = _WILDCARD.sub(lambda wildcard: _translate(wildcard.group()), run.group())
-        text += re.escape(part[last : run.start()]) + f"({inner})"
-        last = run.end()
-    return text + re.escape(part[last:])
+@functools.cache
+def _compile(pattern: str) -> re.Pattern[str]:
+    """A glob as a regular expression with one group for each run of wildcards; wildcards take what they can."""
+    pieces = _RUN.split(pattern)  # literal text and runs of wildcards in turn
+    pieces[::2], pieces[1::2] = map(re.escape, pieces[::2]), map(_translate, pieces[1::2])
+    return re.compile("".join(pieces))
 
 
-def _translate(wildcard: str) -> str:
-    return {"*": "[^/]*", "?": "[^/]"}.get(wildcard, wildcard.replace("[!", "[^", 1))
+def _translate(run: str) -> str:
+    if run == "**/":
+        return "((?:[^/]+/)*)"
+    single = {"*": "[^/]*", "?": "[^/]"}
+    return f"({re.sub(_WILDCARD, lambda found: single.get(found[0], found[0].replace('[!', '[^', 1)), run)})"

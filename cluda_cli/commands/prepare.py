@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluda_cli import console
-from cluda_cli.data.index import Index, Item
+from cluda_cli.data.index import PHOTOGRAPHED, Index, Item
 from cluda_cli.errors import DataError, SettingsError
 from cluda_cli.files import write_json
 from cluda_cli.preparation.archives import find_archives, missing_members, unpack
@@ -22,9 +22,6 @@ from cluda_cli.preparation.conversion import Outcome, Scan, check_all, convert_m
 from cluda_cli.preparation.described import read_description
 from cluda_cli.preparation.problems import Kind, Problem, report_lines
 from cluda_cli.preparation.published import PUBLISHED, Dataset, Published, demo_datasets
-
-USUAL_TARGETS = frozenset({"cityscapes", "camvid", "acdc", "dark-zurich"})
-"""Published photographs; only the advice on the next command depends on it."""
 
 
 def prepare(
@@ -236,7 +233,7 @@ def _next_command(dataset: str, index: Index, data_root: Path) -> str:
     """The command that uses what was prepared."""
     command = "cluda train --preset demo"
     if dataset != "demo":
-        is_source = index.labelled("train") and dataset not in USUAL_TARGETS
+        is_source = index.labelled("train") and dataset not in PHOTOGRAPHED
         command = f"cluda train --source {index.name} --target TARGET" if is_source else (
             f"cluda train --source SOURCE --target {index.name}"
         )  # fmt: skip

@@ -20,6 +20,14 @@ from cluda_cli.errors import DataError
 from cluda_cli.files import write_json
 
 FORMAT = 1
+RENDERED = ("gta", "synthia")
+PHOTOGRAPHED = ("cityscapes", "camvid", "acdc", "dark-zurich")
+PUBLISHED_NAMES = RENDERED + PHOTOGRAPHED
+"""Datasets that `cluda prepare` knows; `preparation/published.py` says where each keeps its files."""
+DEMO_NAMES = ("demo-render", "demo-camera")
+"""Source and target that `cluda prepare demo` makes."""
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
+"""Lower-case suffixes of files that are taken for images."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +135,7 @@ def find(name: str, data_root: Path) -> Index:
         if (folder / "index.json").is_file():
             return Index.load(folder)
     known = sorted(path.parent.name for path in (data_root / "prepared").glob("*/index.json"))
-    published = {"gta", "synthia", "cityscapes", "camvid", "acdc", "dark-zurich"}
-    what = "demo" if name in {"demo-render", "demo-camera"} else name if name in published else "DESCRIPTION.toml"
+    what = "demo" if name in DEMO_NAMES else name if name in PUBLISHED_NAMES else "DESCRIPTION.toml"
     remedy = f"run `cluda prepare {what} --data-root {shlex.quote(str(data_root))}`"
     if known:
         remedy += f"; prepared: {', '.join(known)}"

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from cluda_cli.console import Progress, info
+from cluda_cli.data.index import IMAGE_SUFFIXES
 from cluda_cli.errors import DataError
 from cluda_cli.files import atomic
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".json", ".txt"})
+SUFFIXES = IMAGE_SUFFIXES | {".json", ".txt"}
 """What is unpacked; a dataset of street scenes needs nothing else."""
 CHUNK = 1 << 20
 

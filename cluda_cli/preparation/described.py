@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from cluda_cli.data.index import IMAGE_SUFFIXES
 from cluda_cli.data.labels import CITYSCAPES, IGNORE, THING_NAMES, ClassTable, Color, LabelClass, id_table
 from cluda_cli.errors import DataError, SettingsError, nearest
 from cluda_cli.preparation.label_files import MAX_CLASSES, ColorLabels, IdLabels, LabelReader
@@ -16,7 +17,6 @@ from cluda_cli.preparation.pairing import Split
 from cluda_cli.preparation.published import Dataset
 from cluda_cli.settings import Margins, Section
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"})
 Channel = Annotated[int, Field(ge=0, le=255)]
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluda_cli.data.index import DEMO_NAMES
 from cluda_cli.data.labels import (
     CAMVID,
     CITYSCAPES,
@@ -228,14 +229,11 @@ def demo_datasets(folder: Path) -> tuple[Dataset, ...]:
         labels = f"{domain}/{name}/labels/*.png" if labelled else None
         return Split(name, f"{domain}/{name}/images/*.png", labels)
 
-    classes = ClassTable(CITYSCAPES)
-    return (
-        Dataset(
-            "demo-render", folder, classes, CITYSCAPES_LABELS,
-            (split("render", "train", True), split("render", "val", True)),
-        ),
-        Dataset(
-            "demo-camera", folder, classes, CITYSCAPES_LABELS,
-            (split("camera", "train", False), split("camera", "val", True)),
-        ),
-    )  # fmt: skip
+    source, target = DEMO_NAMES
+    return tuple(
+        Dataset(name, folder, ClassTable(CITYSCAPES), CITYSCAPES_LABELS, splits)
+        for name, splits in (
+            (source, (split("render", "train", True), split("render", "val", True))),
+            (target, (split("camera", "train", False), split("camera", "val", True))),
+        )
+    )

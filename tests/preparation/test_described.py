@@ -89,7 +89,7 @@ def test_unlabelled_data_need_no_classes(tmp_path: Path) -> None:
     assert dataset.classes.classes == CITYSCAPES
 
 
-@pytest.mark.parametrize("line", ["01", "01.png", "images/01", "images\\01.png"])
+@pytest.mark.parametrize("line", ["01", "01.png", "01.pgm", "images/01", "images\\01.png"])
 def test_a_list_names_images_in_several_ways(tmp_path: Path, line: str) -> None:
     (tmp_path / "images").mkdir()
     for name in ("01.jpg", "02.jpg"):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cluda_cli.data.index import PUBLISHED_NAMES
 from cluda_cli.data.labels import CAMVID, CITYSCAPES, IGNORE, ClassTable
 from cluda_cli.errors import DataError
 from cluda_cli.preparation.archives import Archive
@@ -185,6 +186,10 @@ def test_demo(tmp_path: Path) -> None:
         for dataset in (render, camera)
     }
     assert labelled == {"demo-render": [True, True], "demo-camera": [False, True]}
+
+
+def test_every_known_name_is_a_published_dataset() -> None:
+    assert tuple(BY_NAME) == PUBLISHED_NAMES
 
 
 @pytest.mark.parametrize("name", sorted(BY_NAME))

@@ -1,4 +1,4 @@
-"""Find images and labels by glob patterns, and decide which belong together."""
+"""Find images and labels by globs, and pair them."""
 
 import functools
 import re
@@ -15,27 +15,27 @@ from cluda_cli.preparation.problems import Kind, Problem
 
 @dataclass(frozen=True)
 class Split:
-    """Where one split keeps its files, as glob patterns relative to the dataset."""
+    """Where one split keeps its files, as globs relative to the dataset."""
 
     name: str
     images: str
     labels: str | None = None
     keep: Callable[[str], bool] | None = None
-    """If given, a file belongs to the split only if this holds for one of its names (see Found.names)."""
+    """If given, a file belongs to the split if this is true of one of its names (`Found.names`)."""
     listed: frozenset[str] = frozenset()
-    """Names that the split's own list file promises; those without an image are reported."""
+    """Names in the list file of the split. A name without an image is reported."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """One file that matches a pattern."""
+    """One file that a glob found."""
 
     path: str
     """Relative to the dataset, with forward slashes."""
     folder: str
-    """What the wildcards among the folders of the pattern stand for."""
+    """What the wildcards in the folders of the glob stand for."""
     key: str
-    """What the wildcards in the file name stand for: of `*_rgb.png` and `*_label.png`, the part that is common."""
+    """What the wildcards in the file name stand for: in `*_rgb.png` and `*_label.png`, the common part."""
 
     @property
     def stem(self) -> str:
@@ -43,7 +43,7 @@ class Found:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names by which a list file may mean this file."""
+        """Names that a list file may give this file."""
         without_suffix = str(PurePosixPath(self.path).with_suffix(""))
         below = f"{self.folder}/" if self.folder else ""
         return self.stem, self.key, below + self.stem, below + self.key, without_suffix
@@ -55,30 +55,30 @@ class Pair:
 
     split: str
     stem: str
-    """Unique in the split among pairs with a label; may contain folders."""
+    """Unique among the labelled pairs of the split; may contain folders."""
     image: str
     label: str | None
 
 
 @dataclass
 class Pairs:
-    """All pairs of a dataset and what is wrong with the way they are stored."""
+    """All pairs of a dataset, and problems with names and places of files."""
 
     pairs: list[Pair] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
 
 def find_pairs(root: Path, splits: Sequence[Split]) -> Pairs:
-    """Look for the files of every split below `root`, sorted by path, and pair them."""
+    """Find the files of every split below `root` and pair them, sorted by path."""
     result = Pairs()
     for split in splits:
-        images = [found for found in find_files(root, split.images) if _kept(found, split)]
-        labels = [found for found in find_files(root, split.labels) if _kept(found, split)] if split.labels else []
-        matched, ambiguous = match(images, labels)
+        images = [found for found in find_files(root, split.images) if _belongs(found, split)]
+        labels = [found for found in find_files(root, split.labels) if _belongs(found, split)] if split.labels else []
+        matched, ambiguous = match_labels(images, labels)
         clear = [image for image in images if image.path not in ambiguous]
-        stems = _output_stems(clear, matched)
+        stems = _name_outputs(clear, matched)
         result.pairs += [Pair(split.name, stems[i.path], i.path, matched.get(i.path)) for i in clear]
-        result.problems += [Problem(Kind.DUPLICATE, path, "in split " + split.name) for path in sorted(ambiguous)]
+        result.problems += [Problem(Kind.DUPLICATE, path, f"in split {split.name}") for path in sorted(ambiguous)]
         if split.labels:
             result.problems += [Problem(Kind.NO_LABEL, i.path) for i in clear if i.path not in matched]
             used = ambiguous | set(matched.values())
@@ -89,7 +89,7 @@ def find_pairs(root: Path, splits: Sequence[Split]) -> Pairs:
         present = {name for image in images for name in image.names}
         absent = sorted(split.listed - present)
         result.problems += [Problem(Kind.LISTED, name, f"in the list of split {split.name}") for name in absent]
-    result.problems += _shared(result.pairs)
+    result.problems += _find_shared(result.pairs)
     return result
 
 
@@ -117,11 +117,11 @@ def find_files(root: Path, pattern: str) -> Iterator[Found]:
         yield Found(path, "/".join(part.strip("/") for part in folder_parts if part.strip("/")), key)
 
 
-def match(images: Sequence[Found], labels: Sequence[Found]) -> tuple[dict[str, str], set[str]]:
-    """Which label belongs to which image: (image path -> label path, paths that share a name).
+def match_labels(images: Sequence[Found], labels: Sequence[Found]) -> tuple[dict[str, str], set[str]]:
+    """Pair labels with images: (image path -> label path, paths that share a name and are not paired).
 
-    In turn by equal folder and file name, by equal folder and key, and, if the images or the labels all lie in one
-    folder, by file name and by key alone. Where a name stands for several files on either side, none is paired.
+    Rules are tried in turn: equal folder and file name, equal folder and key; then, if all images or all labels lie in
+    one folder, equal file name, equal key. If a name fits several images or several labels, none of them is paired.
     """
     matched: dict[str, str] = {}
     ambiguous: set[str] = set()
@@ -145,14 +145,14 @@ def match(images: Sequence[Found], labels: Sequence[Found]) -> tuple[dict[str, s
     return matched, ambiguous
 
 
-def _kept(found: Found, split: Split) -> bool:
+def _belongs(found: Found, split: Split) -> bool:
     return split.keep is None or any(split.keep(name) for name in found.names)
 
 
-def _output_stems(images: Sequence[Found], matched: dict[str, str]) -> dict[str, str]:
-    """Image path -> name of its train-id map: the file name, below its folder where names clash.
+def _name_outputs(images: Sequence[Found], matched: dict[str, str]) -> dict[str, str]:
+    """Image path -> name of its train-id map: the stem of the image, below its folder where stems clash.
 
-    Names that differ in case only clash as well, for file systems that do not tell them apart.
+    Stems that differ only in case clash, because some file systems ignore case.
     """
     count: dict[str, int] = defaultdict(int)
     for image in images:
@@ -164,7 +164,7 @@ def _output_stems(images: Sequence[Found], matched: dict[str, str]) -> dict[str,
     }
 
 
-def _shared(pairs: Sequence[Pair]) -> list[Problem]:
+def _find_shared(pairs: Sequence[Pair]) -> list[Problem]:
     splits: dict[str, list[str]] = defaultdict(list)
     for pair in pairs:
         splits[pair.image].append(pair.split)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from cluda_cli.cli import app
 from cluda_cli.commands.prepare import prepare
-from cluda_cli.data.cache import best_cache
+from cluda_cli.data.cache import choose_cache
 from cluda_cli.data.index import Index
 from cluda_cli.errors import DataError, SettingsError
 from cluda_cli.preparation import conversion
@@ -112,12 +112,12 @@ def test_another_class_table_converts_everything_again(town: Path) -> None:
 def test_an_interrupted_run_goes_on_where_it_stopped(town: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 
-    def stop_at_c(job: conversion.Job) -> conversion.Outcome:
+    def stop_at_c(job: conversion.Conversion) -> conversion.Outcome:
         if job.pair.stem == "c":
             raise KeyboardInterrupt
         return conversion_of(job)
 
-    def note(job: conversion.Job) -> conversion.Outcome:
+    def note(job: conversion.Conversion) -> conversion.Outcome:
         seen.append(job.pair.stem)
         return conversion_of(job)
 
@@ -139,7 +139,7 @@ def test_a_map_of_an_interrupted_run_is_not_taken_for_that_of_an_earlier_one(
 ) -> None:
     """Other classes, stopped half-way, and back to the first classes: every map must be of the first classes."""
 
-    def stop_at_c(job: conversion.Job) -> conversion.Outcome:
+    def stop_at_c(job: conversion.Conversion) -> conversion.Outcome:
         if job.pair.stem == "c":
             raise KeyboardInterrupt
         return conversion_of(job)
@@ -392,7 +392,7 @@ def test_cache_follows_the_files(town: Path, capsys: pytest.CaptureFixture[str])
     assert f"3 training images cached in {folder}" in capsys.readouterr().out
     before = state(folder)
     assert len(before) == 3 * 2 + 1
-    assert best_cache(index, (1, 2)).box == (1, 2)
+    assert choose_cache(index, (1, 2)).box == (1, 2)
     run(town, cache="1x2")
     assert {name: time for name, time in state(folder).items() if not name.endswith("json")} == {
         name: time for name, time in before.items() if not name.endswith("json")
@@ -401,10 +401,10 @@ def test_cache_follows_the_files(town: Path, capsys: pytest.CaptureFixture[str])
     os.utime(town.parent / "raw/train/b.png", (1, 1))
     index = run(town)
     capsys.readouterr()
-    assert best_cache(index, (1, 2)) is None
+    assert choose_cache(index, (1, 2)) is None
     assert "out of date" in capsys.readouterr().err
     run(town, cache="1x2")
-    assert best_cache(index, (1, 2)) and len(state(folder)) == len(before)
+    assert choose_cache(index, (1, 2)) and len(state(folder)) == len(before)
     assert run(town, cache="original").folder == index.folder
     assert (index.folder / "cache" / "original" / "cache.json").is_file()
 

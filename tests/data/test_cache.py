@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cluda_cli.data.cache import Box, Cache, best_cache, read_cache, stored_size
+from cluda_cli.data.cache import Box, Cache, choose_cache, fit_stored, read_cache
 from cluda_cli.data.frames import Frames
 from cluda_cli.data.index import Index, Item
 from cluda_cli.data.labels import CITYSCAPES, ClassTable
@@ -84,15 +84,15 @@ def test_stored_files_are_plain_images(index: Index) -> None:
 
 
 def test_images_are_never_enlarged() -> None:
-    assert stored_size((1052, 1914), (720, 1280)) == (704, 1280)
-    assert stored_size((1052, 1914), (1440, 2560)) == (1052, 1914)
-    assert stored_size((1052, 1914), None) == (1052, 1914)
+    assert fit_stored((1052, 1914), (720, 1280)) == (704, 1280)
+    assert fit_stored((1052, 1914), (1440, 2560)) == (1052, 1914)
+    assert fit_stored((1052, 1914), None) == (1052, 1914)
 
 
 def test_an_interrupted_cache_is_not_used_and_goes_on(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     store = module.store
 
-    def stop_at_2(job: module.Job) -> None:
+    def stop_at_2(job: module.CacheTask) -> None:
         if job.image.name == "2.png":
             raise KeyboardInterrupt
         store(job)
@@ -100,13 +100,13 @@ def test_an_interrupted_cache_is_not_used_and_goes_on(index: Index, monkeypatch:
     monkeypatch.setattr(module, "store", stop_at_2)
     with pytest.raises(KeyboardInterrupt):
         write(index, (40, 50))
-    assert best_cache(index, (40, 50)) is None
+    assert choose_cache(index, (40, 50)) is None
     done = state(index.folder / "cache")
     assert len(done) == 4
     monkeypatch.setattr(module, "store", store)
     write(index, (40, 50))
     assert {name: time for name, time in state(index.folder / "cache").items() if name in done} == done
-    assert best_cache(index, (40, 50)).files.keys() == NAMES.keys()
+    assert choose_cache(index, (40, 50)).files.keys() == NAMES.keys()
 
 
 def test_only_what_changed_is_stored_again_and_the_old_is_removed(index: Index) -> None:
@@ -138,20 +138,20 @@ def test_a_stale_cache_is_told_and_ignored(index: Index, what: str, capsys: pyte
 
 def test_a_cache_of_another_size_is_told_and_ignored(index: Index, capsys: pytest.CaptureFixture[str]) -> None:
     write(index, (40, 50))
-    assert best_cache(index, (50, 60)) is None
+    assert choose_cache(index, (50, 60)) is None
     assert "the cache 40x50 is not of the size of this run, 50x60" in capsys.readouterr().err
 
 
 def test_of_several_caches_the_one_that_spares_most_is_used(index: Index, capsys: pytest.CaptureFixture[str]) -> None:
     write(index, None), write(index, (40, 50)), write(index, (45, 67))
     capsys.readouterr()
-    assert best_cache(index, (45, 67)).name == "45x67"
+    assert choose_cache(index, (45, 67)).name == "45x67"
     assert "made: all training images are read from the cache 45x67" in capsys.readouterr().err
-    assert best_cache(index, (30, 40)).name == "original"
+    assert choose_cache(index, (30, 40)).name == "original"
     # A box of another shape that comes to the same size for two of the images: all images are better.
-    assert best_cache(index, (44, 50)).name == "original"
+    assert choose_cache(index, (44, 50)).name == "original"
     shutil.rmtree(index.folder / "cache" / "original")
-    assert best_cache(index, (44, 50)).name == "40x50"
+    assert choose_cache(index, (44, 50)).name == "40x50"
     assert "made: 2 of 3 training images" in capsys.readouterr().err
 
 

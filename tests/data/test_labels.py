@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from cluda_cli.data.labels import CAMVID, CITYSCAPES, IGNORE, PROTOCOLS, ClassTable, LabelClass, id_table
+from cluda_cli.data.labels import CAMVID, CITYSCAPES, IGNORE, PROTOCOLS, ClassTable, LabelClass, build_id_table
 from cluda_cli.preparation.published import CITYSCAPES_LABELS, SYNTHIA_LABELS, TRAIN_ID_LABELS
 
 MAPS = "12_label_maps/label_maps"
@@ -51,7 +51,7 @@ def test_train_id_files_are_read_as_they_are() -> None:
 
 
 def test_id_table_ignores_what_it_is_not_told() -> None:
-    table = id_table([(7, 0), (-1, 5)])
+    table = build_id_table([(7, 0), (-1, 5)])
     assert table[7] == 0
     assert [value for value in table if value != IGNORE] == [0]  # an id of -1 must not land in slot 255
 

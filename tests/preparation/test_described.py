@@ -8,7 +8,7 @@ from PIL import Image
 
 from cluda_cli.data.labels import CITYSCAPES, IGNORE
 from cluda_cli.errors import DataError, SettingsError
-from cluda_cli.preparation.described import generated_color, parse_color, read_description
+from cluda_cli.preparation.described import generate_color, parse_color, read_description
 from cluda_cli.preparation.label_files import ColorLabels
 from cluda_cli.preparation.pairing import find_pairs
 
@@ -173,4 +173,4 @@ def test_colors_are_written_in_two_ways() -> None:
 
 
 def test_generated_colors_differ() -> None:
-    assert len({generated_color(i) for i in range(50)}) == 50
+    assert len({generate_color(i) for i in range(50)}) == 50

@@ -13,7 +13,7 @@ from cluda_cli.data.labels import CAMVID, CITYSCAPES, IGNORE, ClassTable
 from cluda_cli.errors import DataError
 from cluda_cli.preparation.archives import Archive
 from cluda_cli.preparation.pairing import Pair, find_pairs
-from cluda_cli.preparation.published import PUBLISHED, Dataset, Published, camvid_split, demo_datasets
+from cluda_cli.preparation.published import PUBLISHED, Dataset, Published, find_camvid_split, locate_demo
 
 BY_NAME = {published.name: published for published in PUBLISHED}
 CAR = 26  # Cityscapes label id, train id 13
@@ -169,10 +169,10 @@ def test_camvid_split_has_the_customary_sizes() -> None:
     frames += [f"0006R0_f{930 + 30 * i:05d}" for i in range(101)]
     frames += [f"0016E5_{390 + 30 * i:05d}" for i in range(204)] + [f"0016E5_{7959 + 2 * i:05d}" for i in range(101)]
     frames += [f"Seq05VD_f{30 * i:05d}" for i in range(171)]
-    sizes = {name: sum(camvid_split(frame) == name for frame in frames) for name in ("train", "val", "test", "")}
+    sizes = {name: sum(find_camvid_split(frame) == name for frame in frames) for name in ("train", "val", "test", "")}
     assert sizes == {"train": 367, "val": 101, "test": 233, "": 0}
-    assert camvid_split("0016E5_07961_L") == "val"
-    assert camvid_split("holiday") == ""
+    assert find_camvid_split("0016E5_07961_L") == "val"
+    assert find_camvid_split("holiday") == ""
 
 
 def test_demo(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_demo(tmp_path: Path) -> None:
         for split in ("train", "val"):
             image(tmp_path / domain / split / "images/0.png")
             ids(tmp_path / domain / split / "labels/0.png", CAR)
-    render, camera = demo_datasets(tmp_path)
+    render, camera = locate_demo(tmp_path)
     labelled = {
         dataset.name: [pair.label is not None for pair in find_pairs(dataset.root, dataset.splits).pairs]
         for dataset in (render, camera)

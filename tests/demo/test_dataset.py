@@ -152,10 +152,10 @@ def test_domains_differ_in_color_but_not_in_classes(scenes: dict) -> None:
 
 def test_labels_follow_the_outlines_of_the_image() -> None:
     canvas = Canvas(CAMERA, LIGHT, LABEL["sky"])
-    canvas.face([(-1, 0.5, 5), (1, 0.5, 5), (1, 2.5, 5), (-1, 2.5, 5)], LABEL["car"], Look((255.0, 0.0, 0.0)))
-    scene = canvas.scene()
+    canvas.paint([(-1, 0.5, 5), (1, 0.5, 5), (1, 2.5, 5), (-1, 2.5, 5)], LABEL["car"], Look((255.0, 0.0, 0.0)))
+    scene = canvas.finish()
     red = shade(scene, CAMERA, LIGHT, NOISE, {LABEL["road"]})
-    car = scene.label_map() == LABEL["car"]
+    car = scene.make_labels() == LABEL["car"]
     inside = (red[..., 0] > 250) & (red[..., 1] < 5)
     assert car.sum() == pytest.approx((2 / 5 * 0.8 * WIDTH) ** 2, rel=0.05)
     assert (inside & ~car).sum() == 0
@@ -164,10 +164,10 @@ def test_labels_follow_the_outlines_of_the_image() -> None:
 
 def test_nearer_things_hide_farther_ones_and_what_is_behind_the_camera_is_cut() -> None:
     canvas = Canvas(CAMERA, LIGHT, LABEL["sky"])
-    canvas.face([(-3, 0, -5), (3, 0, -5), (3, 0, 50), (-3, 0, 50)], LABEL["road"], Look((90.0, 90.0, 90.0)))
-    canvas.face([(-1, 0, -9), (1, 0, -9), (1, 3, -9), (-1, 3, -9)], LABEL["bus"], Look((0.0, 0.0, 0.0)))
-    canvas.face([(-1, 0, 6), (1, 0, 6), (1, 1, 6), (-1, 1, 6)], LABEL["car"], Look((0.0, 0.0, 0.0)))
-    labels = canvas.scene().label_map()
+    canvas.paint([(-3, 0, -5), (3, 0, -5), (3, 0, 50), (-3, 0, 50)], LABEL["road"], Look((90.0, 90.0, 90.0)))
+    canvas.paint([(-1, 0, -9), (1, 0, -9), (1, 3, -9), (-1, 3, -9)], LABEL["bus"], Look((0.0, 0.0, 0.0)))
+    canvas.paint([(-1, 0, 6), (1, 0, 6), (1, 1, 6), (-1, 1, 6)], LABEL["car"], Look((0.0, 0.0, 0.0)))
+    labels = canvas.finish().make_labels()
     assert not (labels == LABEL["bus"]).any()
     assert (labels[-1] == LABEL["road"]).all()
     assert (labels[0] == LABEL["sky"]).all()
@@ -177,15 +177,15 @@ def test_nearer_things_hide_farther_ones_and_what_is_behind_the_camera_is_cut() 
 def street(light: Light) -> Canvas:
     """A grey road with a wall in the middle of the view."""
     canvas = Canvas(CAMERA, light, LABEL["sky"])
-    canvas.face([(-9, 0, 1), (9, 0, 1), (9, 0, 90), (-9, 0, 90)], LABEL["road"], Look((90.0, 90.0, 90.0)))
-    canvas.face([(0, 0, 5), (1, 0, 5), (1, 4, 5), (0, 4, 5)], LABEL["building"], Look((50.0, 50.0, 50.0)))
+    canvas.paint([(-9, 0, 1), (9, 0, 1), (9, 0, 90), (-9, 0, 90)], LABEL["road"], Look((90.0, 90.0, 90.0)))
+    canvas.paint([(0, 0, 5), (1, 0, 5), (1, 4, 5), (0, 4, 5)], LABEL["building"], Look((50.0, 50.0, 50.0)))
     return canvas
 
 
 def test_fog_hides_distance() -> None:
     foggy = dataclasses.replace(LIGHT, fog=0.05)
     clear, fog = (
-        shade(street(light).scene(), CAMERA, light, NOISE, set())[:, WIDTH // 2 - 9, 0] for light in (LIGHT, foggy)
+        shade(street(light).finish(), CAMERA, light, NOISE, set())[:, WIDTH // 2 - 9, 0] for light in (LIGHT, foggy)
     )
     far, near = HEIGHT // 2 + 8, HEIGHT - 1  # 41 and 3.6 metres away
     assert (clear[far], clear[near]) == pytest.approx((90, 90), abs=1)
@@ -196,12 +196,12 @@ def test_fog_hides_distance() -> None:
 def test_shadows_fall_on_the_ground_only() -> None:
     sunny = dataclasses.replace(LIGHT, sun=(0.6, 0.8, 0.0))
     canvas = street(sunny)
-    before = shade(canvas.scene(), CAMERA, sunny, NOISE, {LABEL["road"]})
-    canvas.shadow([(0, 0, 5), (1, 0, 5), (1, 0, 6), (0, 0, 6)], 4.0)
-    scene = canvas.scene()
+    before = shade(canvas.finish(), CAMERA, sunny, NOISE, {LABEL["road"]})
+    canvas.cast_shadow([(0, 0, 5), (1, 0, 5), (1, 0, 6), (0, 0, 6)], 4.0)
+    scene = canvas.finish()
     changed = np.abs(shade(scene, CAMERA, sunny, NOISE, {LABEL["road"]}) - before).max(-1) > 1
     assert changed.sum() > 100
-    assert (scene.label_map()[changed] == LABEL["road"]).all()
+    assert (scene.make_labels()[changed] == LABEL["road"]).all()
     assert np.nonzero(changed)[1].mean() < WIDTH / 2  # away from a sun in the right
 
 
@@ -210,8 +210,8 @@ def test_pattern_of_windows_is_on_the_wall_only_and_blurs_to_its_mean_in_the_dis
         canvas = Canvas(CAMERA, LIGHT, LABEL["sky"])
         side = distance / 2
         corners = [(-side, -side, distance), (side, -side, distance), (side, side, distance), (-side, side, distance)]
-        canvas.face(corners, LABEL["building"], Look((200.0,) * 3, (100.0,) * 3, (1.0, 1.0), (0.5, 1.0)))
-        image = shade(canvas.scene(), CAMERA, LIGHT, NOISE, set())
+        canvas.paint(corners, LABEL["building"], Look((200.0,) * 3, (100.0,) * 3, (1.0, 1.0), (0.5, 1.0)))
+        image = shade(canvas.finish(), CAMERA, LIGHT, NOISE, set())
         return image[HEIGHT // 2, WIDTH // 2 - 60 : WIDTH // 2 + 60, 0]
 
     assert (wall(8).min(), wall(8).max()) == pytest.approx((100, 200), abs=5)

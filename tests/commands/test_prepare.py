@@ -219,7 +219,7 @@ REPORT = (
 
 
 @pytest.mark.parametrize("check", [False, True])
-def test_everything_wrong_is_told_with_its_count(town: Path, capsys: pytest.CaptureFixture[str], check: bool) -> None:
+def test_every_problem_is_reported_with_its_count(town: Path, capsys: pytest.CaptureFixture[str], check: bool) -> None:
     spoil(town.parent / "raw")
     with pytest.raises(DataError, match=r"8 files would spoil training.*--skip-bad"):
         run(town, check=check)
@@ -229,7 +229,7 @@ def test_everything_wrong_is_told_with_its_count(town: Path, capsys: pytest.Capt
     assert not (town.parent / "data/prepared/town/index.json").exists()
 
 
-def test_errors_are_told_again_from_the_journal(town: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_reported_again_from_the_journal(town: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spoil(town.parent / "raw")
     reports = []
     for _ in range(2):
@@ -277,7 +277,7 @@ def test_many_problems_of_a_kind_are_shortened(town: Path, capsys: pytest.Captur
     assert lines[start + 1 : start + 5] == [*(f"  train/x{i}.png" for i in range(3)), "  and 4 more"]
 
 
-def test_classes_that_never_occur_are_told(town: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_classes_that_never_occur_are_reported(town: Path, capsys: pytest.CaptureFixture[str]) -> None:
     town.write_text(DESCRIPTION.replace('6 = "car"', '6 = "car"\n7 = "tram"'))
     run(town, check=True)
     assert "warning: classes that never occur: 1\n  tram: in the labels of split train" in capsys.readouterr().out
@@ -360,12 +360,6 @@ def test_processes_give_what_one_process_gives(town: Path, monkeypatch: pytest.M
     (index,) = prepare(str(town), town.parent / "other", workers=2)
     assert index.splits == alone.splits
     assert [os.path.basename(path) for path in sorted(state(index.folder / "labels"))] == ["a.png", "b.png", "c.png"]
-
-
-def test_one_worker_starts_no_process(town: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversion, "ProcessPoolExecutor", None)
-    monkeypatch.setattr(conversion, "TASKS_PER_WORKER", 1)
-    assert run(town).splits
 
 
 def test_preparing_needs_no_torch() -> None:

@@ -125,7 +125,7 @@ def test_a_damaged_member_leaves_the_others_and_no_fragment(tmp_path: Path) -> N
     assert files_in(tmp_path / "gta") == ["images/a.png"]
 
 
-def test_a_download_cut_short_is_told_as_such(tmp_path: Path) -> None:
+def test_a_download_cut_short_is_reported_as_such(tmp_path: Path) -> None:
     path = make_zip(tmp_path / "a.zip", {"images/a.png": b"good"})
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(DataError, match="damaged"):

@@ -101,7 +101,7 @@ def test_a_list_names_images_in_several_ways(tmp_path: Path, line: str) -> None:
     assert found.problems == []
 
 
-def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
+def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     text = problems(tmp_path, """
 nmae = "x"
 margins = [1, 2, -3, 4]
@@ -124,7 +124,7 @@ images = "images/"
     assert len(text.splitlines()) == 9
 
 
-def test_inconsistent_classes_are_told_at_once(tmp_path: Path) -> None:
+def test_inconsistent_classes_are_reported_at_once(tmp_path: Path) -> None:
     text = problems(tmp_path, """
 ignore = [1, 300]
 things = ["raod"]

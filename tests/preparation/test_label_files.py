@@ -131,13 +131,6 @@ def test_lossy_labels_are_refused_whatever_their_name(tmp_path: Path, reader: La
     assert (bad.kind, "JPEG" in bad.detail) == (Kind.LOSSY, True)
 
 
-def test_camvid_colors_are_grouped(tmp_path: Path) -> None:
-    # sky, wall, cone, lane marking, pram, void
-    colors = [(128, 128, 128), (64, 192, 0), (0, 0, 64), (128, 0, 192), (64, 0, 192), (0, 0, 0)]
-    Image.fromarray(np.array([colors], dtype=np.uint8)).save(tmp_path / "a.png")
-    assert CAMVID_COLORS.read(tmp_path / "a.png").tolist() == [[0, 1, 2, 3, 9, IGNORE]]
-
-
 def test_unknown_colors_are_counted(tmp_path: Path) -> None:
     Image.fromarray(np.array([[(1, 2, 3), (1, 2, 3), (0, 0, 0)]], dtype=np.uint8)).save(tmp_path / "a.png")
     assert refusal(CAMVID_COLORS, tmp_path / "a.png").ids == {"#010203": 2}

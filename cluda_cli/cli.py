@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from cluda_cli import __version__, console
+from cluda_cli.data.index import PUBLISHED_NAMES
 from cluda_cli.distributed.place import read_place
 from cluda_cli.errors import CludaError, EnvironmentProblem, Interrupted, SettingsError
 
@@ -100,9 +101,7 @@ def _root(
 
 @app.command()
 def prepare(
-    dataset: Annotated[
-        str, typer.Argument(help="gta, synthia, cityscapes, camvid, acdc, dark-zurich, demo, or a TOML description.")
-    ],
+    dataset: Annotated[str, typer.Argument(help=f"{', '.join(PUBLISHED_NAMES)}, demo, or a TOML description.")],
     data_root: DataRoot = None,
     check: Annotated[bool, typer.Option("--check", help="Only check and report; write nothing.")] = False,
     skip_bad: Annotated[

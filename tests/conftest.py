@@ -16,9 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cluda_cli import presets
+from cluda_cli.data.cache import Box, Cache
 from cluda_cli.data.index import Index, Item
 from cluda_cli.data.labels import CITYSCAPES, IGNORE, ClassTable
+from cluda_cli.files import write_json
 from cluda_cli.models.segmenter import Segmenter
+from cluda_cli.preparation.caching import write_cache
 from cluda_cli.settings import Settings
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -103,6 +106,32 @@ def tiny_data(tmp_path: Path) -> Path:
     write_dataset(tmp_path / "data", "clean", seed=1)
     write_dataset(tmp_path / "data", "noisy", seed=2, labelled_train=False)
     return tmp_path / "data"
+
+
+@pytest.fixture
+def noise_index(tmp_path: Path) -> Index:
+    """Three labelled images of noise, the last a portrait, with a manifest as `prepare` writes it."""
+    folder, draw, items = tmp_path / "noise", np.random.default_rng(0), []
+    folder.mkdir()
+    for i, (height, width) in enumerate(((60, 90), (60, 90), (80, 70))):
+        label = draw.integers(0, 5, (height // 10, width // 10)).astype(np.uint8).repeat(10, 0).repeat(10, 1)
+        Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        Image.fromarray(label).save(folder / f"{i}_label.png")
+        pixels = {k: int((label == k).sum()) for k in range(5)}
+        items.append(Item(f"{i}.png", f"{i}_label.png", (height, width), pixels))
+    write_json(folder / "manifest.json", {"inputs": "made"})
+    return Index("noise", folder, folder, ClassTable(CITYSCAPES), {"train": tuple(items)})
+
+
+@pytest.fixture
+def store_noise(noise_index: Index) -> Callable[..., Cache]:
+    """Write a cache of `noise_index` for a box."""
+
+    def store(box: Box, inputs: str = "made", second: str = "1-k1") -> Cache:
+        names = {"0.png": "town/0-k0", "1.png": second, "2.png": "2-k2"}
+        return write_cache(noise_index, names, inputs, box, workers=1)
+
+    return store
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cluda_cli import console
+from cluda_cli.data.index import IMAGE_SUFFIXES
 from cluda_cli.data.labels import ClassTable
 from cluda_cli.data.transforms import read_image
 from cluda_cli.errors import DataError, SettingsError
@@ -21,7 +22,6 @@ from cluda_cli.inference.sliding import ResizedImage, fit_image, segment
 from cluda_cli.inference.weights_file import TrainedNetwork, load_weights
 
 OUTPUTS = ("train-id", "label-id", "color", "overlay", "confidence")
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 OVERLAY = 0.5  # share of the class colour in an overlay
 
 
@@ -122,7 +122,7 @@ def find_images(inputs: Sequence[str], out: Path) -> list[tuple[Path, Path]]:
             if not is_glob and not path.exists():
                 raise DataError("no such file or folder", text, "name images, folders of images, or globs")
             what = "no image matches" if is_glob else "no images in this folder"
-            raise DataError(what, text, f"images end in {' '.join(sorted(SUFFIXES))}, in upper or lower case")
+            raise DataError(what, text, f"images end in {' '.join(sorted(IMAGE_SUFFIXES))}, in upper or lower case")
         for image, relative in images:
             found.setdefault(image.absolute(), (image, relative))
     return list(found.values())
@@ -130,14 +130,14 @@ def find_images(inputs: Sequence[str], out: Path) -> list[tuple[Path, Path]]:
 
 def _list_images(path: Path, out: Path, checked: bool) -> Iterator[tuple[Path, Path]]:
     """Yield the images of a folder, or a file. With `checked`, a file must have the suffix of an image."""
-    if path.is_file() and (not checked or path.suffix.lower() in SUFFIXES):
+    if path.is_file() and (not checked or path.suffix.lower() in IMAGE_SUFFIXES):
         yield path, Path(path.name)
     elif path.is_dir():
         for image in sorted(path.rglob("*")):
             relative = image.relative_to(path)
             hidden = any(part.startswith(".") for part in relative.parts)
             ours = image.resolve().is_relative_to(out.resolve())
-            if image.suffix.lower() in SUFFIXES and image.is_file() and not hidden and not ours:
+            if image.suffix.lower() in IMAGE_SUFFIXES and image.is_file() and not hidden and not ours:
                 yield image, relative
 
 

@@ -1,8 +1,8 @@
 """`cluda prepare`: raw dataset -> checked index, train-id labels, class statistics.
 
     <data root>/prepared/<name>/index.json      the result, written last
-                                journal.jsonl   the outcome for every pair, so that an interrupted run can go on
-                                manifest.json   what the index was made from, so that a second run has nothing to do
+                                journal.jsonl   the outcome of every pair, so that an interrupted run can go on
+                                manifest.json   what the index was made from, so that a second run can skip all work
 
 The train-id maps lie beside them, in the folder `labels`, and stored training images in the folder `cache`.
 """
@@ -14,17 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from cluda_cli import console
-from cluda_cli.data.index import Index, Item
+from cluda_cli.data.index import PHOTOGRAPHED, Index, Item
 from cluda_cli.errors import DataError, SettingsError
 from cluda_cli.files import write_json
-from cluda_cli.preparation.archives import find_archives, missing_members, unpack
+from cluda_cli.preparation.archives import find_archives, find_missing, unpack
 from cluda_cli.preparation.conversion import Outcome, Scan, check_all, convert_missing, scan_files
 from cluda_cli.preparation.described import read_description
-from cluda_cli.preparation.problems import Kind, Problem, report_lines
-from cluda_cli.preparation.published import PUBLISHED, Dataset, Published, demo_datasets
-
-USUAL_TARGETS = frozenset({"cityscapes", "camvid", "acdc", "dark-zurich"})
-"""Published photographs; only the advice on the next command depends on it."""
+from cluda_cli.preparation.problems import Kind, Problem, format_report
+from cluda_cli.preparation.published import PUBLISHED, Dataset, Published, locate_demo
 
 
 def prepare(
@@ -38,26 +35,26 @@ def prepare(
 ) -> list[Index]:
     """Index a dataset: a published one by name, "demo", or the TOML file that describes a user's own.
 
-    Prints everything that is wrong with it. `check` only looks, at every pixel, and writes nothing; `skip_bad` leaves
-    out pairs that are wrong. `cache` also stores the training images uncompressed, resized to fit a box ("760x1280",
-    height x width, or "original"). `workers` processes share the work (default: one per CPU). A second call does
-    nothing unless a file has changed; an interrupted call is taken up where it stopped.
+    Prints every problem. `check` decodes every pixel and writes nothing; `skip_bad` leaves out pairs with an error.
+    `cache` also stores the training images uncompressed, resized to fit a box ("760x1280", height x width, or
+    "original"). `workers` processes share the work (default: one per CPU). A second call does nothing unless a file has
+    changed, and continues an interrupted call.
 
     Raises DataError if files are missing or wrong (and `skip_bad` is off), SettingsError for an unknown name, a
     description with mistakes or a `cache` that is no size, EnvironmentProblem if the disk has no room for the cache.
     """
     box = _parse_box(cache) if cache is not None else None
-    datasets = _find(dataset, data_root, check)
+    datasets = _locate(dataset, data_root, check)
     indexes = [_prepare_one(found, data_root, check, skip_bad, workers) for found in datasets]
     if cache is not None:
         _make_caches(datasets, indexes, box, workers)
     if not check:
-        console.result(f"next: {_next_command(dataset, indexes[0], data_root)}")
+        console.result(f"next: {_suggest_command(dataset, indexes[0], data_root)}")
     return indexes
 
 
 def _parse_box(text: str) -> tuple[int, int] | None:
-    """Height and width written as HxW; None for "original"."""
+    """Height and width from HxW; None from "original"."""
     if text == "original":
         return None
     found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text)
@@ -70,21 +67,21 @@ def _parse_box(text: str) -> tuple[int, int] | None:
 def _make_caches(
     datasets: Sequence[Dataset], indexes: Sequence[Index], box: tuple[int, int] | None, workers: int | None
 ) -> None:
-    """Store the training images of each dataset; one without any needs no cache."""
+    """Store the training images of each dataset that has some."""
     from cluda_cli.preparation.caching import write_cache
 
     for dataset, index in zip(datasets, indexes, strict=True):
         if index.splits.get("train"):
             scan = scan_files(dataset, index.folder)
-            # The key is another one when a file has changed.
+            # The key changes with the files.
             names = {pair.image: f"{pair.stem}-{key}" for key, pair in scan.keys.items()}
             cache, items = write_cache(index, names, scan.inputs, box, workers), index.split("train")
             size = sum(map(cache.num_bytes, items)) / 1e9
             console.result(f"{index.name}: {len(items)} training images cached in {cache.folder} ({size:.1f} GB)")
 
 
-def _find(name: str, data_root: Path, check: bool) -> Sequence[Dataset]:
-    """The raw datasets that a name or a description stands for, unpacked or generated if need be."""
+def _locate(name: str, data_root: Path, check: bool) -> Sequence[Dataset]:
+    """The raw datasets of a name or a description. Unpacks archives and draws the demo if needed."""
     known = {published.name: published for published in PUBLISHED}
     if name in known:
         _unpack(known[name], data_root, check)
@@ -94,10 +91,10 @@ def _find(name: str, data_root: Path, check: bool) -> Sequence[Dataset]:
         if not check:
             from cluda_cli.demo.dataset import make_demo
 
-            make_demo(folder)  # nothing to do when this version's demo is there
+            make_demo(folder)
         elif not (folder / "demo.json").is_file():
             raise DataError("the demonstration has not been made yet", folder, "run without --check")
-        return demo_datasets(folder)
+        return locate_demo(folder)
     path = Path(name)
     if path.suffix == ".toml":
         if path.is_file():
@@ -109,15 +106,15 @@ def _find(name: str, data_root: Path, check: bool) -> Sequence[Dataset]:
 
 
 def _unpack(published: Published, data_root: Path, check: bool) -> None:
-    """Add what is missing from the publisher's archives, if the folder is laid out as they are."""
-    folder = published.folder(data_root)
-    layout = published.layout(data_root)
+    """Unpack missing files from the publisher's archives, unless the folder has another layout than they."""
+    folder = published.find_folder(data_root)
+    layout = published.find_layout(data_root)
     if layout and not layout.as_published:
         return
     for path, archive in find_archives(published.archives, (data_root, folder)):
         if not check:
             unpack(path, archive, folder)
-        elif missing := missing_members(path, archive, folder):
+        elif missing := find_missing(path, archive, folder):
             console.result(f"{path}: {len(missing)} files are not unpacked yet")
 
 
@@ -125,7 +122,7 @@ def _prepare_one(dataset: Dataset, data_root: Path, check: bool, skip_bad: bool,
     """Scan, check and convert one dataset, report, and write its index."""
     _refuse_other(dataset, data_root / "prepared" / dataset.name)
     scan = scan_files(dataset, data_root / "prepared" / dataset.name)
-    if not check and (index := _up_to_date(scan, skip_bad)):
+    if not check and (index := _load_current(scan, skip_bad)):
         counts = [f"{len(items)} {name}" for name, items in index.splits.items()]
         if num_bad := _read_manifest(scan.folder).get("bad"):
             counts.append(f"without {num_bad} bad files")
@@ -133,11 +130,15 @@ def _prepare_one(dataset: Dataset, data_root: Path, check: bool, skip_bad: bool,
         return index
     console.info(f"{dataset.name}: {len(scan.keys)} images below {dataset.root}")
     if not check and _read_manifest(scan.folder).get("inputs") != scan.inputs:
-        (scan.folder / "index.json").unlink(missing_ok=True)  # it describes other files than there are now
+        (scan.folder / "index.json").unlink(missing_ok=True)  # it describes files that have changed
     outcomes = check_all(scan, workers) if check else convert_missing(scan, workers)
     index = _build_index(scan, outcomes)
-    problems = [*scan.problems, *(p for outcome in outcomes.values() for p in outcome.problems), *_absent(index)]
-    for line in report_lines(problems):
+    problems = [
+        *scan.problems,
+        *(p for outcome in outcomes.values() for p in outcome.problems),
+        *_find_absent_classes(index),
+    ]
+    for line in format_report(problems):
         console.result(line)
     num_errors = len({problem.file for problem in problems if problem.kind.is_error})
     if num_errors and not skip_bad:
@@ -161,14 +162,14 @@ def _refuse_other(dataset: Dataset, folder: Path) -> None:
         try:
             root = Index.load(folder).root
         except DataError:
-            return  # of a broken index nothing is worth keeping
+            return  # a broken index may be replaced
         if root.resolve() != Path(dataset.root).resolve() and root.exists():
             remedy = "give the description another name, or remove that folder"
             raise DataError(f'"{dataset.name}" is prepared from {root}', folder, remedy)
 
 
-def _up_to_date(scan: Scan, skip_bad: bool) -> Index | None:
-    """The index on disk if it was made from equal inputs and everything it names is there."""
+def _load_current(scan: Scan, skip_bad: bool) -> Index | None:
+    """The index on disk, if it was made from the present files and all its train-id maps exist."""
     manifest = _read_manifest(scan.folder)
     if manifest.get("inputs") != scan.inputs or (manifest.get("bad") and not skip_bad):
         return None
@@ -181,7 +182,7 @@ def _up_to_date(scan: Scan, skip_bad: bool) -> Index | None:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    """What the index on disk was made from; empty if that is not known."""
+    """What the index on disk was made from; empty if unknown."""
     try:
         content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -190,7 +191,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _build_index(scan: Scan, outcomes: dict[str, Outcome]) -> Index:
-    """The index of all pairs with which nothing is wrong."""
+    """The index of all pairs without an error."""
     splits: dict[str, list[Item]] = {split.name: [] for split in scan.dataset.splits}
     for key, pair in scan.keys.items():
         if not outcomes[key].is_bad:
@@ -206,8 +207,8 @@ def _build_index(scan: Scan, outcomes: dict[str, Outcome]) -> Index:
     )
 
 
-def _absent(index: Index) -> list[Problem]:
-    """Classes of which a labelled split has no pixel."""
+def _find_absent_classes(index: Index) -> list[Problem]:
+    """A problem for each class without a pixel in a labelled split."""
     return [
         Problem(Kind.ABSENT, name, f"in the labels of split {split}")
         for split in index.splits
@@ -218,7 +219,7 @@ def _absent(index: Index) -> list[Problem]:
 
 
 def _summarise(index: Index) -> None:
-    """Images per split, and how the labelled pixels are shared among the classes."""
+    """Print the images of each split, and the share of the labelled pixels of each class."""
     rows = [(name, str(len(items)), str(len(index.labelled(name)))) for name, items in index.splits.items()]
     console.result_table(index.name, ("split", "images", "labelled"), rows)
     labelled = [split for split in index.splits if index.labelled(split)]
@@ -232,11 +233,11 @@ def _summarise(index: Index) -> None:
     console.result_table("", ("class", *(f"{split} %" for split in labelled)), shares)
 
 
-def _next_command(dataset: str, index: Index, data_root: Path) -> str:
-    """The command that uses what was prepared."""
+def _suggest_command(dataset: str, index: Index, data_root: Path) -> str:
+    """The command that trains with the prepared dataset."""
     command = "cluda train --preset demo"
     if dataset != "demo":
-        is_source = index.labelled("train") and dataset not in USUAL_TARGETS
+        is_source = index.labelled("train") and dataset not in PHOTOGRAPHED
         command = f"cluda train --source {index.name} --target TARGET" if is_source else (
             f"cluda train --source SOURCE --target {index.name}"
         )  # fmt: skip

@@ -1,15 +1,16 @@
-"""Training images kept as plain pixels at the size of training, so that a crop is read and not decoded.
+"""Read the cache of a prepared dataset: training images as plain pixels, so that crops need no decoding.
 
     <prepared folder>/cache/<box>/cache.json             what the files were made from; written last
     <prepared folder>/cache/<box>/<split>/<name>.ppm     RGB; the format is uncompressed, and any viewer opens it
     <prepared folder>/cache/<box>/<split>/<name>.pgm     train ids
 
-The box is that of the setting data.source_box or data.target_box, height x width, or "original". Images that the box
-would enlarge are stored at their own size, because reading more pixels costs more than enlarging a crop. What comes
-out is equal to the last bit to decoding and resizing. H W original size, h w stored size.
+The box is the setting data.source_box or data.target_box, height x width, or "original". Images that the box would
+enlarge are stored at their own size, because reading more pixels costs more than enlarging a crop. Crops are equal to
+the last bit to decoded and resized ones. H W original size, h w stored size.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,18 +43,18 @@ class Cache:
 
     def size(self, item: Item) -> tuple[int, int]:
         """Height and width as stored."""
-        return stored_size(item.size, self.box)
+        return fit_stored(item.size, self.box)
 
     def num_bytes(self, item: Item) -> int:
-        """Room that an image and its label take."""
-        return num_pixels(self.size(item)) * (4 if item.label else 3)
+        """Bytes of an image and its label on disk."""
+        return math.prod(self.size(item)) * (4 if item.label else 3)
 
     def serves(self, item: Item, box: Box) -> bool:
-        """Whether an image resized to fit `box` can be had from here."""
+        """Whether the cache can give this image resized to fit `box`."""
         return item.image in self.files and self.size(item) in (item.size, fit_box(item.size, box))
 
     def image(self, item: Item) -> Tensor:
-        """uint8 3 h w, interleaved, mapped from the file: only what is used is read. Raises DataError as `label`."""
+        """uint8 3 h w, channels last in memory, mapped from the file: only used pixels are read. Raises as `label`."""
         return self._map(item, ".ppm", 3).permute(2, 0, 1)
 
     def label(self, item: Item) -> Tensor:
@@ -62,13 +63,13 @@ class Cache:
 
     def _map(self, item: Item, suffix: str, channels: int) -> Tensor:
         path, size = self.folder / (self.files[item.image] + suffix), self.size(item)
-        head = netpbm_header(size, channels)
+        head = make_netpbm_header(size, channels)
         try:
-            # Copy-on-write, because torch wants memory that may be written to; nobody does.
+            # Copy-on-write: torch wants writable memory, though nobody writes to it.
             content = np.memmap(path, dtype=np.uint8, mode="c")
         except (OSError, ValueError) as error:
             raise DataError(f"a cached file cannot be read ({error})", path, self._remedy()) from error
-        if len(content) != len(head) + num_pixels(size) * channels or content[: len(head)].tobytes() != head:
+        if len(content) != len(head) + math.prod(size) * channels or content[: len(head)].tobytes() != head:
             raise DataError(f"not the cached {size[0]} x {size[1]} image", path, self._remedy())
         return torch.from_numpy(content[len(head) :].reshape(*size, channels))
 
@@ -76,21 +77,21 @@ class Cache:
         return f"remove {self.folder}, or make it again with `cluda prepare ... --cache {self.name}`"
 
 
-def box_name(box: Box) -> str:
-    """How a box is written on the command line, and the name of its folder."""
+def name_box(box: Box) -> str:
+    """The name of a box on the command line and of its folder."""
     return "original" if box is None else f"{box[0]}x{box[1]}"
 
 
-def stored_size(size: tuple[int, int], box: Box) -> tuple[int, int]:
-    """Height and width at which an image of `size` is stored: never more pixels than it has."""
+def fit_stored(size: tuple[int, int], box: Box) -> tuple[int, int]:
+    """Height and width at which an image of `size` is stored, never larger than the image."""
     resized = fit_box(size, box)
-    return resized if num_pixels(resized) < num_pixels(size) else size
+    return resized if math.prod(resized) < math.prod(size) else size
 
 
-def best_cache(index: Index, box: Box) -> Cache | None:
-    """The cache that spares most of the decoding and resizing of training images to fit `box`; None if there is none.
+def choose_cache(index: Index, box: Box) -> Cache | None:
+    """The cache with the most training images for `box`, of several the smallest; None if no cache has one.
 
-    Says which one, and warns of those that were made from other files than the index.
+    Prints its choice, and warns of caches that were made from other files than the index.
     """
     items, caches = index.split(SPLIT), []
     for folder in sorted(path.parent for path in (index.folder / "cache").glob("*/cache.json")):
@@ -103,7 +104,7 @@ def best_cache(index: Index, box: Box) -> Cache | None:
         elif served := [item for item in items if cache.serves(item, box)]:
             caches.append((len(served), -sum(map(cache.num_bytes, served)), cache))
         else:
-            console.info(f"{index.name}: the cache {cache.name} is not of the size of this run, {box_name(box)}")
+            console.info(f"{index.name}: the cache {cache.name} is not of the size of this run, {name_box(box)}")
     if not caches:
         return None
     number, _, best = max(caches, key=lambda entry: entry[:2])
@@ -113,7 +114,7 @@ def best_cache(index: Index, box: Box) -> Cache | None:
 
 
 def read_cache(folder: Path) -> Cache | None:
-    """The cache in a folder; None if it is not whole, of another format, or made from other files than the index."""
+    """The cache in a folder; None if it is incomplete, of another format, or made from other files than the index."""
     try:
         content = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
         manifest = json.loads((folder.parent.parent / "manifest.json").read_text(encoding="utf-8"))
@@ -125,10 +126,6 @@ def read_cache(folder: Path) -> Cache | None:
         return None
 
 
-def netpbm_header(size: tuple[int, int], channels: int) -> bytes:
+def make_netpbm_header(size: tuple[int, int], channels: int) -> bytes:
     """The first bytes of an uncompressed image file (Netpbm)."""
     return b"P%d\n%d %d\n255\n" % (6 if channels == 3 else 5, size[1], size[0])
-
-
-def num_pixels(size: tuple[int, int]) -> int:
-    return size[0] * size[1]

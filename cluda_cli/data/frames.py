@@ -1,8 +1,8 @@
-"""Images and labels at the size of training, from a cache where there is one. H W original size, h w resized."""
+"""Images and labels at the size of training, from a cache if there is one. H W original size, h w resized."""
 
 from torch import Tensor
 
-from cluda_cli.data.cache import Box, best_cache
+from cluda_cli.data.cache import Box, choose_cache
 from cluda_cli.data.index import Index, Item
 from cluda_cli.data.sampling import Crop
 from cluda_cli.data.transforms import fit_box, read_image, read_label, resize_label_region, resize_region
@@ -10,10 +10,10 @@ from cluda_cli.errors import DataError
 
 
 class Frames:
-    """The training images of a dataset, resized to fit a box; only what is asked for is read and resized."""
+    """The training images of a dataset, resized to fit a box. They are read and resized on demand."""
 
     def __init__(self, index: Index, box: Box) -> None:
-        self.index, self.box, self.cache = index, box, best_cache(index, box)
+        self.index, self.box, self.cache = index, box, choose_cache(index, box)
 
     def size(self, item: Item) -> tuple[int, int]:
         """Height and width after resizing."""
@@ -25,20 +25,20 @@ class Frames:
             label = self.cache.label(item)
         else:
             label = read_label(self.index.label_path(item))
-            self._require(item, label, "label")
+            self._check_size(item, label, "label")
         size = self.size(item)
         return resize_label_region(label, size, 0, 0, *size)
 
     def image(self, item: Item, crop: Crop) -> Tensor:
-        """uint8 3 h' w' of a crop. Raises DataError if the file cannot be read or is not of the size in the index."""
+        """uint8 3 h' w' of a crop. Raises DataError if the file cannot be read or has not the size in the index."""
         if self.cache and self.cache.serves(item, self.box):
             image = self.cache.image(item)
         else:
             image = read_image(self.index.image_path(item))
-            self._require(item, image, "image")
+            self._check_size(item, image, "image")
         return resize_region(image, self.size(item), crop.top, crop.left, crop.height, crop.width)
 
-    def _require(self, item: Item, pixels: Tensor, what: str) -> None:
+    def _check_size(self, item: Item, pixels: Tensor, what: str) -> None:
         height, width = pixels.shape[-2:]
         if (height, width) != item.size:
             path = self.index.image_path(item) if what == "image" else self.index.label_path(item)

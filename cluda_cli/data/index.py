@@ -3,7 +3,7 @@
     <data root>/prepared/<name>/index.json            this file
     <data root>/prepared/<name>/labels/<split>/*.png  train-id maps, 8-bit, one channel, 255 = ignored
 
-The folder may hold other things (a pseudo-labelled dataset also has confidence maps); readers need these two.
+The folder may hold other files; a pseudo-labelled dataset has confidence maps. Readers need only these two.
 """
 
 import hashlib
@@ -20,6 +20,14 @@ from cluda_cli.errors import DataError
 from cluda_cli.files import write_json
 
 FORMAT = 1
+RENDERED = ("gta", "synthia")
+PHOTOGRAPHED = ("cityscapes", "camvid", "acdc", "dark-zurich")
+PUBLISHED_NAMES = RENDERED + PHOTOGRAPHED
+"""Datasets that `cluda prepare` knows; `preparation/published.py` says where each keeps its files."""
+DEMO_NAMES = ("demo-render", "demo-camera")
+"""Source and target that `cluda prepare demo` makes."""
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
+"""Lower-case suffixes of files that are taken for images."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +41,12 @@ class Item:
     size: tuple[int, int]
     """Height and width of the image, pixels."""
     pixels: dict[int, int] = field(default_factory=dict)
-    """Train id -> number of pixels in the label at original size; classes that do not occur are left out."""
+    """Train id -> number of pixels in the label at original size, without absent classes."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """Everything that training and evaluation need to know about a prepared dataset."""
+    """All that training and evaluation need to know about a prepared dataset."""
 
     name: str
     folder: Path
@@ -48,7 +56,7 @@ class Index:
     classes: ClassTable
     splits: dict[str, tuple[Item, ...]]
     margins: tuple[int, int, int, int] = (0, 0, 0, 0)
-    """Top, bottom, left, right bands of the original frame that deserve no pseudo-labels (a bonnet, borders)."""
+    """Top, bottom, left, right bands of the original frame, pixels, without pseudo-labels (a bonnet, borders)."""
 
     def image_path(self, item: Item) -> Path:
         return self.root / item.image
@@ -80,8 +88,8 @@ class Index:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of names, sizes, class table and class statistics: equal for equal data, wherever it lies."""
-        content = json.dumps([self.classes.to_json(), _splits_json(self.splits), self.margins], sort_keys=True)
+        """Hash of names, sizes, class table and class statistics. It does not depend on the folder."""
+        content = json.dumps([self.classes.to_json(), _splits_to_json(self.splits), self.margins], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def save(self) -> None:
@@ -93,7 +101,7 @@ class Index:
             "fingerprint": self.fingerprint,
             "classes": self.classes.to_json(),
             "margins": list(self.margins),
-            "splits": _splits_json(self.splits),
+            "splits": _splits_to_json(self.splits),
         }, indent=None)  # fmt: skip
 
     @staticmethod
@@ -119,16 +127,15 @@ class Index:
 
 
 def find(name: str, data_root: Path) -> Index:
-    """A prepared dataset by name, or by the path of a folder with an index.json.
+    """A prepared dataset by its name, or by the path of a folder with an index.json.
 
-    Raises DataError that says which command prepares it.
+    Raises DataError with the command that prepares it.
     """
     for folder in (data_root / "prepared" / name, Path(name)):
         if (folder / "index.json").is_file():
             return Index.load(folder)
     known = sorted(path.parent.name for path in (data_root / "prepared").glob("*/index.json"))
-    published = {"gta", "synthia", "cityscapes", "camvid", "acdc", "dark-zurich"}
-    what = "demo" if name in {"demo-render", "demo-camera"} else name if name in published else "DESCRIPTION.toml"
+    what = "demo" if name in DEMO_NAMES else name if name in PUBLISHED_NAMES else "DESCRIPTION.toml"
     remedy = f"run `cluda prepare {what} --data-root {shlex.quote(str(data_root))}`"
     if known:
         remedy += f"; prepared: {', '.join(known)}"
@@ -154,8 +161,8 @@ def seen_classes(sources: Sequence[Index], split: str = "train") -> tuple[str, .
     return tuple(name for name in joint_classes(sources).names if name in found)
 
 
-def _splits_json(splits: dict[str, tuple[Item, ...]]) -> dict[str, list[list[Any]]]:
-    """Items as rows [image, label, [height, width], {train id: pixels}]: 25 000 of them stay a few megabytes."""
+def _splits_to_json(splits: dict[str, tuple[Item, ...]]) -> dict[str, list[list[Any]]]:
+    """Items as rows [image, label, [height, width], {train id: pixels}]. 25 000 rows take a few megabytes."""
     return {
         name: [[i.image, i.label, list(i.size), {str(k): v for k, v in i.pixels.items()}] for i in items]
         for name, items in splits.items()

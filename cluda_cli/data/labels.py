@@ -1,4 +1,4 @@
-"""THE class table. Everything about classes is derived from the rows below; nothing else defines one.
+"""THE class table. All facts about classes are derived from the rows below.
 
 Two kinds of ids: a *label id* is what a publisher's label file stores, a *train id* is the position of a class in a
 network's output, 0..K-1, with IGNORE for pixels that are neither trained on nor scored.
@@ -23,7 +23,7 @@ class LabelClass:
     label_id: int
     """Id in the publisher's label files and on the evaluation server."""
     thing: bool = False
-    """Whether it is countable (feature distance acts on these)."""
+    """Whether it is countable. Feature distance uses these classes."""
 
 
 # Names, colours and ids of Cityscapes; GTA5 uses the same ids. Position = train id.
@@ -50,7 +50,7 @@ CITYSCAPES: tuple[LabelClass, ...] = (
 )
 THING_NAMES = frozenset(c.name for c in CITYSCAPES if c.thing)
 CITYSCAPES_LABEL_IDS = range(-1, 35)
-"""Every id that a Cityscapes or GTA5 label file may hold, 34 only in GTA5; those without a row above are ignored."""
+"""Ids that a Cityscapes or GTA5 label file may hold (34: only GTA5). Ids without a row above are ignored."""
 
 # SYNTHIA-RAND-CITYSCAPES class id -> name; 0 void, 13 parking, 14 road-work, 22 lane marking are ignored.
 SYNTHIA_IDS: dict[int, str] = {
@@ -60,7 +60,7 @@ SYNTHIA_IDS: dict[int, str] = {
 }  # fmt: skip
 SYNTHIA_LABEL_IDS = range(23)
 
-# CamVid's usual eleven classes under the Cityscapes names where one means the same; label id = SegNet's index.
+# CamVid's usual eleven classes. A class that Cityscapes has too has its name; label id = SegNet's index.
 CAMVID: tuple[LabelClass, ...] = (
     LabelClass("sky", (128, 128, 128), 0),
     LabelClass("building", (128, 0, 0), 1),
@@ -75,7 +75,7 @@ CAMVID: tuple[LabelClass, ...] = (
     LabelClass("bicyclist", (0, 128, 192), 10, thing=True),
 )
 
-# The usual SYNTHIA protocols leave out what SYNTHIA does not have, and three hard stuff classes more.
+# The usual protocols for SYNTHIA: without the classes that SYNTHIA lacks, and without three hard classes more.
 _NOT_IN_16 = {"terrain", "truck", "train"}
 _NOT_IN_13 = _NOT_IN_16 | {"wall", "fence", "pole"}
 PROTOCOLS: dict[str, tuple[str, ...]] = {
@@ -99,7 +99,7 @@ class ClassTable:
 
     @property
     def is_cityscapes(self) -> bool:
-        """Whether these are the nineteen Cityscapes classes in order, for which the 16 and 13 protocols exist."""
+        """Whether these are the nineteen Cityscapes classes in order, which have 16 and 13 class protocols."""
         return self.names == tuple(c.name for c in CITYSCAPES)
 
     def palette(self) -> list[int]:
@@ -112,7 +112,7 @@ class ClassTable:
         return tuple(i for i, c in enumerate(self.classes) if c.thing)
 
     def remap_to(self, other: "ClassTable") -> list[int]:
-        """Table of 256 train ids: this table's train id -> the other's train id of the same name, else IGNORE."""
+        """Table of 256 entries: train id here -> train id of the same name in `other`, else IGNORE."""
         position = {name: i for i, name in enumerate(other.names)}
         table = [IGNORE] * 256
         for i, name in enumerate(self.names):
@@ -137,8 +137,8 @@ class ClassTable:
         ))  # fmt: skip
 
 
-def id_table(pairs: Iterable[tuple[int, int]]) -> list[int]:
-    """Table of 256 train ids from (label id, train id) pairs; every other id, and -1 read as 255, is IGNORE."""
+def build_id_table(pairs: Iterable[tuple[int, int]]) -> list[int]:
+    """Table of 256 entries, label id -> train id, from such pairs. Other ids, and negative ones, are IGNORE."""
     table = [IGNORE] * 256
     for label_id, train_id in pairs:
         if 0 <= label_id < 256:

@@ -1,7 +1,7 @@
 """Decode, resize, crop and normalise: the pixels of one image. H W original size, h w resized, B batch.
 
 Resizing follows OpenCV, as the published results do: INTER_LINEAR for images (half-pixel centres, clamped edges, no
-antialiasing) and INTER_NEAREST for labels. Both can compute a part of the resized frame from the pixels it needs.
+antialiasing) and INTER_NEAREST for labels. Both can compute a region of the resized frame and read only its pixels.
 """
 
 import warnings
@@ -37,19 +37,19 @@ def denormalise(image: Tensor) -> Tensor:
 def read_image(path: Path) -> Tensor:
     """Decode an image of any mode to uint8 3 H W, RGB; alpha is dropped.
 
-    The pixel grid stays as stored (no EXIF rotation), because masks are stored on the same grid. The memory is
-    interleaved (channels last), which is how files store it and what resizing reads fastest.
+    The pixel grid stays as stored (no EXIF rotation), because masks are stored on the same grid. Channels are last in
+    memory, as files store them; resizing reads that fastest.
     Raises DataError if the file is missing, broken or holds floating-point pixels.
     """
-    image = _open(path)
+    image = _decode(path)
     if image.mode == "F":
         raise DataError("floating-point pixels, whose range is unknown", path, "store the image with 8 bits")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        # The high byte is what Pillow itself keeps of 16-bit colour.
+        # Of 16-bit colour, Pillow itself keeps the high byte.
         grey = (np.clip(np.asarray(image).astype(np.int32), 0, 65535) >> 8).astype(np.uint8)  # H W
         pixels = np.repeat(grey[:, :, None], 3, axis=2)  # H W 3
     else:
-        image.info.pop("transparency", None)  # a colour declared transparent is a colour all the same
+        image.info.pop("transparency", None)  # keep the colour of transparent pixels
         try:
             pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))  # H W 3
         except ValueError as error:
@@ -62,14 +62,14 @@ def read_label(path: Path) -> Tensor:
 
     Raises DataError if the file is missing, broken or has more than one 8-bit channel.
     """
-    image = _open(path)
+    image = _decode(path)
     if image.mode not in {"L", "P", "1"}:
         raise DataError(f"a label has one 8-bit channel, this has mode {image.mode}", path, "run `cluda prepare` again")
     return torch.from_numpy(np.array(image, dtype=np.uint8))
 
 
 def fit_box(size: tuple[int, int], box: tuple[int, int] | None) -> tuple[int, int]:
-    """Height and width after resizing `size`, keeping its shape, to fit `box` in either orientation; None keeps it."""
+    """Height and width of a frame of `size` resized to fit `box` in either orientation; None keeps the size."""
     if box is None:
         return size
     factor = min(max(box) / max(size), min(box) / min(size))
@@ -88,8 +88,8 @@ def resize_region(image: Tensor, size: tuple[int, int], top: int, left: int, hei
     """
     if tuple(image.shape[-2:]) == tuple(size):
         return image[:, top : top + height, left : left + width].contiguous()
-    y0, y1, wy = _taps(image.shape[1], size[0], top, height)
-    x0, x1, wx = _taps(image.shape[2], size[1], left, width)
+    y0, y1, wy = _find_taps(image.shape[1], size[0], top, height)
+    x0, x1, wx = _find_taps(image.shape[2], size[1], left, width)
     first = x0[0]
     pixels = image.permute(1, 2, 0).numpy()[:, first : x1[-1] + 1]  # H w' 3, a view
     channels = np.arange(3)[:, None]
@@ -98,7 +98,7 @@ def resize_region(image: Tensor, size: tuple[int, int], top: int, left: int, hei
     result = np.empty((3, height, width), dtype=np.uint8)
     for start in range(0, height, BAND):
         rows = slice(start, min(start + BAND, height))
-        band = _lerp(_rows(pixels, y0[rows]), _rows(pixels, y1[rows]), wy[rows, None])  # r 3w'
+        band = _lerp(_take_rows(pixels, y0[rows]), _take_rows(pixels, y1[rows]), wy[rows, None])  # r 3w'
         band = _lerp(band.take(left_of, axis=1), band.take(right_of, axis=1), wx)  # r 3w, planar
         band += 0.5
         result[:, rows] = band.astype(np.uint8).reshape(-1, 3, width).transpose(1, 0, 2)
@@ -109,16 +109,16 @@ def resize_label_region(label: Tensor, size: tuple[int, int], top: int, left: in
     """The part [top:top+height, left:left+width] of `label` (H W, any type, on the CPU) resized to `size`, nearest."""
     if tuple(label.shape) == tuple(size):
         return label[top : top + height, left : left + width].contiguous()
-    y = _nearest(label.shape[0], size[0], top, height)
-    x = _nearest(label.shape[1], size[1], left, width)
+    y = _find_nearest(label.shape[0], size[0], top, height)
+    x = _find_nearest(label.shape[1], size[1], left, width)
     return torch.from_numpy(label.numpy()[y][:, x])
 
 
-def _open(path: Path) -> Image.Image:
-    """A fully decoded image. Raises DataError, whatever the decoder raises."""
+def _decode(path: Path) -> Image.Image:
+    """Open and decode an image. Raises DataError for any error of the decoder."""
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")  # the user's own large or untidy files are no news
+            warnings.simplefilter("ignore")  # about large or untidy files
             image.load()
             return image
     except UnidentifiedImageError as error:
@@ -128,31 +128,34 @@ def _open(path: Path) -> Image.Image:
         raise DataError(f"cannot be read: {reason}", path) from error
 
 
-def _rows(pixels: NDArray[np.uint8], index: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Rows of H w 3 as float32 r 3w."""
+def _take_rows(pixels: NDArray[np.uint8], index: NDArray[np.int64]) -> NDArray[np.float32]:
+    """The rows at `index` of pixels, H w 3, as float32 r 3w."""
     return pixels[index].astype(np.float32).reshape(len(index), -1)
 
 
 def _lerp(first: NDArray[np.float32], second: NDArray[np.float32], weight: NDArray[np.float32]) -> NDArray[np.float32]:
-    """first + (second - first) * weight, in place. Separate ufuncs: a fused one would round by position in memory."""
+    """first + (second - first) * weight, in place.
+
+    Three ufuncs, because the rounding of a fused one depends on the position in memory.
+    """
     second -= first
     second *= weight
     first += second
     return first
 
 
-def _taps(
+def _find_taps(
     source: int, target: int, start: int, count: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """Both neighbours and the weight of the second, for `count` positions of a resized axis from `start`."""
+    """For `count` positions of a resized axis from `start`: both neighbours, and the weight of the second."""
     position = (np.arange(start, start + count) + 0.5) * (source / target) - 0.5
     position = position.clip(0, source - 1)
     first = np.floor(position).astype(np.int64)
     return first, np.minimum(first + 1, source - 1), (position - first).astype(np.float32)
 
 
-def _nearest(source: int, target: int, start: int, count: int) -> NDArray[np.int64]:
-    """The source position of `count` positions of a resized axis from `start`."""
+def _find_nearest(source: int, target: int, start: int, count: int) -> NDArray[np.int64]:
+    """For `count` positions of a resized axis from `start`: the source position."""
     scale = 1 / (target / source)  # as OpenCV computes it; source / target differs in the last bit
     position: NDArray[np.int64] = np.floor(np.arange(start, start + count) * scale).astype(np.int64)
     position.clip(max=source - 1, out=position)

@@ -1,9 +1,9 @@
-"""A small deferred renderer for the embedded dataset: polygons in, image and exact labels out.
+"""The canvas of the embedded dataset, part of a small deferred renderer.
 
-Polygons are painted far to near into one map of surface numbers. Labels are that map seen through a table of classes,
-so they fit the image to the pixel; colours, patterns, light and fog come from tables and planes of the same surfaces.
+Polygons are painted far to near into one map of surface numbers. A table of classes turns this map into labels, which
+therefore fit the image to the pixel. `shading.py` turns it into colours, patterns, light and fog.
 
-World axes: x right, y up, z forward, metres, the camera above the origin. H, W: size of the finished image, pixels.
+World axes: x right, y up, z forward, metres, the camera above the origin. H W size of the image, pixels; S surfaces.
 """
 
 import math
@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 HEIGHT, WIDTH = 192, 288
-FINE = 2  # surfaces are painted this much finer than the image, which smooths outlines
-_NEAR = 0.4  # metres; polygons are cut here
+FINE = 2  # the canvas is this much finer than the image, which smooths outlines
+_NEAR = 0.4  # metres; nearer parts of polygons are cut off
 SKY_DISTANCE = 2000.0
-_FAINT = 0.012  # shadows of things that are lower than this share of their distance, per strength, are left out
+_FAINT = 0.012  # a shadow is left out if its strength times height is below this share of its distance
 
 Floats = NDArray[np.float32]
 Point = tuple[float, float, float]
@@ -39,7 +39,7 @@ class Look(NamedTuple):
     bond: float = 0.0
     """Shift of every other row, in pitches."""
     glass: float = 0.0
-    """1 if rectangles are window panes, which differ in brightness and may be lit."""
+    """1 if rectangles are window panes, which vary in brightness and may be lit."""
     grain: float = 0.0
     """Standard deviation of the noise, as a share of the brightness."""
     scale: float = 1.0
@@ -62,7 +62,7 @@ class Camera:
 
 @dataclass(frozen=True)
 class Light:
-    """Everything between the surfaces and the lens. Colours are factors around 1 for light, 0..255 for sky and fog."""
+    """Light, sky and fog. Colours of light are factors around 1, those of sky and fog 0..255."""
 
     sun: Point
     """Unit vector towards the sun."""
@@ -81,29 +81,29 @@ class Light:
 
 
 @dataclass(frozen=True)
-class Scene:
-    """A painted canvas. Surface 0 is the sky."""
+class Painting:
+    """The surfaces that a canvas shows. Surface 0 is the sky."""
 
     index: NDArray[np.intp]
-    """Surface seen at each fine pixel, FINE*H FINE*W."""
+    """Surface at each fine pixel, FINE*H FINE*W."""
     labels: list[int]
     looks: list[Look]
     frames: Floats
-    """Origin, a point along u, a point towards v of each surface, in the camera's axes, surfaces 3 3."""
+    """Origin, a point along u and a point towards v of each surface, in the camera's axes, S 3 3."""
     shadow: Floats
-    """0 in the sun to 1 in shadow, as if all were ground, H W."""
+    """0 in the sun to 1 in shadow, for ground at every pixel, H W."""
 
-    def coarse_index(self) -> NDArray[np.intp]:
-        """Surface seen at each pixel of the image, H W."""
+    def reduce_index(self) -> NDArray[np.intp]:
+        """Surface at each pixel of the image, H W."""
         return np.ascontiguousarray(self.index[FINE - 1 :: FINE, FINE - 1 :: FINE])
 
-    def label_map(self) -> NDArray[np.uint8]:
+    def make_labels(self) -> NDArray[np.uint8]:
         """Label ids, H W."""
-        return np.array(self.labels, np.uint8)[self.coarse_index()]
+        return np.array(self.labels, np.uint8)[self.reduce_index()]
 
 
 class Canvas:
-    """Collects painted surfaces."""
+    """Polygons are painted onto it, far to near."""
 
     def __init__(self, camera: Camera, light: Light, sky_label: int) -> None:
         self.camera, self.light = camera, light
@@ -116,10 +116,10 @@ class Canvas:
         far = SKY_DISTANCE
         self._frames: list[tuple[Point, Point, Point]] = [((0.0, 0.0, far), (1.0, 0.0, far), (0.0, 1.0, far))]
 
-    def face(self, points: Sequence[Point], label: int, look: Look, outward: bool = False) -> None:
-        """Paint a flat polygon over what is there. The first edge is the pattern's u axis, the last its v axis.
+    def paint(self, points: Sequence[Point], label: int, look: Look, outward: bool = False) -> None:
+        """Paint a flat polygon. Its first edge is the pattern's u axis, its last edge the v axis.
 
-        With `outward` it is painted only if its corners run bottom left, bottom right, top right as seen.
+        With `outward` it is painted only if the camera sees its corners as bottom left, bottom right, top right.
         """
         seen = [self.to_camera(p) for p in points]
         if outward and not _faces_camera(seen[0], seen[1], seen[2]):
@@ -132,8 +132,8 @@ class Canvas:
         self._looks.append(look)
         self._frames.append((seen[0], seen[1], seen[-1]))
 
-    def shadow(self, base: Sequence[Point], height: float) -> None:
-        """Darken the ground below and behind something that stands on `base`, in the sun of this canvas."""
+    def cast_shadow(self, base: Sequence[Point], height: float) -> None:
+        """Darken the ground in the shadow of a thing of this height, metres, that stands on the polygon `base`."""
         if self.light.shadow * height < _FAINT * min(z for _, _, z in base):
             return
         reach = height / max(self.light.sun[1], 0.05)
@@ -146,24 +146,24 @@ class Canvas:
             if outline:
                 self._draw_shadow.polygon(outline, fill=255)
 
-    def scene(self) -> "Scene":
-        """What was painted."""
+    def finish(self) -> "Painting":
+        """The painted surfaces."""
         index = np.asarray(self._index).astype(np.intp)
         frames, shadow = np.array(self._frames, np.float32), self._shadow.filter(ImageFilter.BoxBlur(1))
-        return Scene(index, self._labels, self._looks, frames, np.asarray(shadow, np.float32) / 255)
+        return Painting(index, self._labels, self._looks, frames, np.asarray(shadow, np.float32) / 255)
 
     def to_camera(self, point: Point) -> Point:
         x, y, z = point
         return x * self._cos - z * self._sin, y - self.camera.height, x * self._sin + z * self._cos
 
     def _project(self, points: Sequence[Point], zoom: int) -> list[tuple[float, float]]:
-        """Pixels of the part of a polygon in front of the camera; empty if there is none."""
-        front = points if min(p[2] for p in points) >= _NEAR else _cut(points)
+        """Pixels, zoomed, of the part of a polygon in front of the camera; empty if there is none."""
+        front = points if min(p[2] for p in points) >= _NEAR else _cut_near(points)
         focal, x0, y0 = self.camera.focal * WIDTH * zoom, WIDTH / 2 * zoom, self.camera.horizon * HEIGHT * zoom
         return [(x0 + focal * x / z, y0 - focal * y / z) for x, y, z in front]
 
 
-def _cut(points: Sequence[Point]) -> list[Point]:
+def _cut_near(points: Sequence[Point]) -> list[Point]:
     """The part of a polygon beyond the near plane."""
     kept: list[Point] = []
     for i, (x, y, z) in enumerate(points):

@@ -4,8 +4,8 @@
     <folder>/{render,camera}/{train,val}/images/NNNN.png    RGB
     <folder>/{render,camera}/{train,val}/labels/NNNN.png    Cityscapes label ids, 8-bit, one channel, 0 = unlabelled
 
-"render" looks like a clean computer picture at noon: saturated flat colours, sharp edges. "camera" shows streets of
-the same kind as a real camera might: other colours and textures, dusk, low sun, overcast, fog, a soft and noisy lens.
+"render" looks like a clean computer picture at noon: saturated flat colours, sharp edges. "camera" looks like
+photographs of similar streets: other colours and textures, dusk, low sun, overcast, fog, a soft and noisy lens.
 """
 
 import json
@@ -21,7 +21,7 @@ from PIL import Image, ImageFilter
 
 from cluda_cli import console
 from cluda_cli.demo.canvas import HEIGHT, WIDTH, Camera, Canvas, Floats, Light, Point, Rgb
-from cluda_cli.demo.domains import DOMAINS, Domain
+from cluda_cli.demo.domains import DOMAINS, DomainStyle
 from cluda_cli.demo.objects import LABEL, Brush
 from cluda_cli.demo.scenes import draw_street
 from cluda_cli.demo.shading import make_noise, shade
@@ -30,7 +30,7 @@ from cluda_cli.files import write_json
 from cluda_cli.seeds import derive_seed
 
 VERSION = 2
-"""Changes whenever the pixels change, so that an older dataset is made anew."""
+"""Raise it when the pixels change, so that an older dataset is drawn again."""
 COUNTS: Mapping[str, Mapping[str, int]] = {"render": {"train": 240, "val": 20}, "camera": {"train": 240, "val": 60}}
 """Images of each domain and split."""
 _GROUND = {LABEL["road"], LABEL["sidewalk"], LABEL["terrain"]}
@@ -38,47 +38,47 @@ _THREADS = 2
 
 
 def make_demo(folder: Path, seed: int = 0, counts: Mapping[str, Mapping[str, int]] = COUNTS) -> None:
-    """Draw the dataset into `folder`; does nothing if the same one is already there.
+    """Draw the dataset into `folder`, unless it already holds the same one.
 
-    `counts` is images by domain and split. The same seed gives the same pixels. `demo.json`, the marker, is removed
-    first and written last, so after an interruption the next call starts again. Raises DataError if the folder cannot
-    be written.
+    `counts` gives images by domain and split. The same seed gives the same pixels. `demo.json`, the marker, is removed
+    first and written last; after an interruption the next call starts again. Raises DataError if the folder cannot be
+    written.
     """
     marker = folder / "demo.json"
     content = {"version": VERSION, "seed": seed, "counts": {domain: dict(splits) for domain, splits in counts.items()}}
-    if _read(marker) == content:
+    if _read_marker(marker) == content:
         return
-    jobs = [(domain, split, i) for domain in counts for split in counts[domain] for i in range(counts[domain][split])]
+    tasks = [(domain, split, i) for domain in counts for split in counts[domain] for i in range(counts[domain][split])]
     noise = make_noise(np.random.default_rng(derive_seed(seed, "demo-noise")))
 
-    def work(job: tuple[str, str, int]) -> None:
-        domain, split, i = job
+    def draw_file(task: tuple[str, str, int]) -> None:
+        domain, split, i = task
         image, label = draw(domain, derive_seed(seed, f"demo-{domain}-{split}", i), noise)
         for kind, pixels in (("images", image), ("labels", label)):
-            # Not flushed to disk one by one, which would take a minute: the marker vouches for all of them.
+            # Not flushed to disk one by one, which would take a minute; the marker vouches for all of them.
             Image.fromarray(pixels).save(folder / domain / split / kind / f"{i:04d}.png", compress_level=1)
 
     try:
         marker.unlink(missing_ok=True)
-        _clear(folder, counts)
-        with console.Progress("drawing", len(jobs)) as progress, ThreadPoolExecutor(_THREADS) as pool:
-            for _ in pool.map(work, jobs):
+        _clear_folders(folder, counts)
+        with console.Progress("drawing", len(tasks)) as progress, ThreadPoolExecutor(_THREADS) as pool:
+            for _ in pool.map(draw_file, tasks):
                 progress.advance()
         write_json(marker, content)
     except OSError as error:
         raise DataError(f"cannot be written ({error.strerror})", folder, "choose another --data-root") from error
 
 
-def _read(marker: Path) -> object:
-    """What the marker says; None if there is none that can be read."""
+def _read_marker(marker: Path) -> object:
+    """The content of the marker; None if it cannot be read."""
     try:
         return json.loads(marker.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
 
-def _clear(folder: Path, counts: Mapping[str, Mapping[str, int]]) -> None:
-    """Make the folders, without images of an earlier, larger dataset."""
+def _clear_folders(folder: Path, counts: Mapping[str, Mapping[str, int]]) -> None:
+    """Make the folders and remove the images of an earlier dataset."""
     for domain, splits in counts.items():
         for path in (folder / domain / split / kind for split in splits for kind in ("images", "labels")):
             path.mkdir(parents=True, exist_ok=True)
@@ -87,22 +87,22 @@ def _clear(folder: Path, counts: Mapping[str, Mapping[str, int]]) -> None:
 
 
 def draw(domain: str, seed: int, noise: Floats) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """One scene: RGB image, H W 3, and Cityscapes label ids, H W, 0 = unlabelled."""
+    """Draw one scene: RGB image, H W 3, and Cityscapes label ids, H W, 0 = unlabelled."""
     style, pick, generator = DOMAINS[domain], random.Random(seed), np.random.default_rng(seed)
-    layout = style.layout
+    streets = style.streets
     camera = Camera(
-        pick.uniform(*layout.camera_height), pick.uniform(*layout.horizon), pick.uniform(*layout.focal),
-        pick.uniform(-layout.yaw, layout.yaw),
+        pick.uniform(*streets.camera_height), pick.uniform(*streets.horizon), pick.uniform(*streets.focal),
+        pick.uniform(-streets.yaw, streets.yaw),
     )  # fmt: skip
-    light = _light(style, pick)
+    light = _choose_light(style, pick)
     canvas = Canvas(camera, light, LABEL["sky"])
-    draw_street(Brush(canvas, pick, style.palette), layout)
-    scene = canvas.scene()
-    seen = shade(scene, camera, light, np.roll(noise, generator.integers(noise.size)), _GROUND)
-    return _photograph(seen, style, pick, generator), scene.label_map()
+    draw_street(Brush(canvas, pick, style.palette), streets)
+    painting = canvas.finish()
+    image = shade(painting, camera, light, np.roll(noise, generator.integers(noise.size)), _GROUND)
+    return _photograph(image, style, pick, generator), painting.make_labels()
 
 
-def _light(style: Domain, pick: random.Random) -> Light:
+def _choose_light(style: DomainStyle, pick: random.Random) -> Light:
     height, turn = math.radians(pick.uniform(*style.sun_height)), pick.uniform(0, 2 * math.pi)
     cloud = pick.uniform(*style.overcast)
     sun: Point = (math.cos(height) * math.sin(turn), math.sin(height), math.cos(height) * math.cos(turn))
@@ -127,8 +127,10 @@ def _light(style: Domain, pick: random.Random) -> Light:
     )
 
 
-def _photograph(scene: Floats, style: Domain, pick: random.Random, generator: np.random.Generator) -> NDArray[np.uint8]:
-    """The lens and the sensor: blur, vignette, exposure, white balance, saturation, noise."""
+def _photograph(
+    scene: Floats, style: DomainStyle, pick: random.Random, generator: np.random.Generator
+) -> NDArray[np.uint8]:
+    """Apply lens and sensor to light, H W 3: blur, vignette, exposure, white balance, saturation, noise."""
     blur, warmth = pick.uniform(*style.blur), pick.gauss(0, style.warmth)
     if blur:
         soft = Image.fromarray(np.clip(scene, 0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(blur))

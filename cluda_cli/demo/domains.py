@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 from cluda_cli.demo.houses import Range
 from cluda_cli.demo.objects import Palette
-from cluda_cli.demo.scenes import Layout
+from cluda_cli.demo.scenes import StreetStyle
 
 
 @dataclass(frozen=True)
-class Domain:
-    """What a domain looks like; ranges are drawn from once per image."""
+class DomainStyle:
+    """Look of a domain. Ranges are drawn from once per image."""
 
-    layout: Layout
+    streets: StreetStyle
     palette: Palette
     sun_height: Range
     """Degrees above the horizon."""
@@ -37,7 +37,7 @@ class Domain:
     """Standard deviation at mid grey, 0..255."""
 
 
-# RGB of each part; one of the colours is drawn and varied for each thing.
+# RGB colours of each part. Each thing takes one of them, varied at random.
 _RENDER_PALETTE: Palette = {
     "road": ((84, 84, 92), (92, 90, 96), (112, 108, 106)),
     "marking": ((245, 245, 245),),
@@ -109,9 +109,9 @@ _CAMERA_PALETTE: Palette = {
     "bin": ((64, 86, 72),),
 }  # fmt: skip
 
-DOMAINS: Mapping[str, Domain] = {
-    "render": Domain(
-        Layout(
+DOMAINS: Mapping[str, DomainStyle] = {
+    "render": DomainStyle(
+        StreetStyle(
             camera_height=(1.6, 2.0), horizon=(0.42, 0.46), focal=(0.72, 0.8), yaw=0.04, gap=(5, 16), heavy=0.13,
             people=(4, 12), two_wheelers=(0, 3), greenery=0.3, building_height=(8, 18), crossing=0.4,
         ),
@@ -119,8 +119,8 @@ DOMAINS: Mapping[str, Domain] = {
         exposure=(-0.2, 0.2), warmth=0.02, saturation=(0.9, 1.1), blur=(0.0, 0.0), vignette=(0.0, 0.0),
         noise=(0.0, 0.0),
     ),
-    "camera": Domain(
-        Layout(
+    "camera": DomainStyle(
+        StreetStyle(
             camera_height=(1.3, 2.4), horizon=(0.39, 0.49), focal=(0.66, 0.9), yaw=0.09, gap=(4, 20), heavy=0.1,
             people=(3, 16), two_wheelers=(0, 3), greenery=0.38, building_height=(7, 22), crossing=0.45,
         ),

@@ -1,4 +1,4 @@
-"""Unpack publishers' zip archives: only the files that are missing, each whole or not at all, nothing outside."""
+"""Unpack the zip archives of publishers: only missing files, each whole or not at all, none outside the folder."""
 
 import shutil
 import stat
@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from cluda_cli.console import Progress, info
+from cluda_cli.data.index import IMAGE_SUFFIXES
 from cluda_cli.errors import DataError
 from cluda_cli.files import atomic
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".json", ".txt"})
-"""What is unpacked; a dataset of street scenes needs nothing else."""
+SUFFIXES = IMAGE_SUFFIXES | {".json", ".txt"}
+"""Files that are unpacked."""
 CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Sizes beyond which an archive is taken for a bomb. Images hardly compress any further."""
+    """An archive beyond these sizes is refused as a zip bomb. Images hardly compress."""
 
     ratio: int = 50
     """Unpacked bytes per byte of the archive."""
@@ -35,13 +36,13 @@ class Archive:
     files: str
     """Glob of the file names."""
     folders: tuple[str, ...]
-    """Top folders of the dataset; what stands before them in the archive is dropped, and members below none skipped."""
+    """Top folders of the dataset. Folders above them are dropped; members below none of them are skipped."""
     into: str = ""
-    """Folder for archives without any of them."""
+    """Folder for the members of an archive that has none of them."""
 
 
 def find_archives(archives: Sequence[Archive], places: Sequence[Path]) -> list[tuple[Path, Archive]]:
-    """The archive files that lie in the places, by name; the first of equal names counts."""
+    """The archive files in some folders; of files with equal names, the first."""
     found: dict[str, tuple[Path, Archive]] = {}
     for archive in archives:
         for place in places:
@@ -51,20 +52,19 @@ def find_archives(archives: Sequence[Archive], places: Sequence[Path]) -> list[t
 
 
 def unpack(path: Path, archive: Archive, folder: Path, limits: Limits = Limits()) -> int:  # noqa: B008  frozen
-    """Unpack what `folder` lacks; returns the number of files written.
+    """Unpack the files that `folder` lacks. Returns the number of files written.
 
-    A file that is there with its full size is kept, so that an interrupted run goes on where it stopped. Raises
-    DataError, before anything is written, for an archive that would write elsewhere or is far larger than it should
-    be, and for a damaged one.
+    A file that exists in its full size is kept, so that an interrupted run can go on. Raises DataError, before
+    anything is written, if the archive would write elsewhere or is far too large; also if it is damaged.
     """
-    missing = missing_members(path, archive, folder, limits)
+    missing = find_missing(path, archive, folder, limits)
     if not missing:
         return 0
-    needed, free = sum(member.file_size for member in missing.values()), _free_space(folder)
+    needed, free = sum(member.file_size for member in missing.values()), _measure_free_space(folder)
     if needed > free:
         raise DataError(f"unpacking needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free", path, "make room")
     info(f"unpacking {len(missing)} files from {path}")
-    budget = _size_limit(path, limits)
+    budget = _limit_size(path, limits)
     with zipfile.ZipFile(path) as file, Progress(f"unpacking {path.name}", len(missing)) as progress:
         for target, member in missing.items():
             budget -= _write_member(file, member, folder / target, budget, path)
@@ -72,16 +72,16 @@ def unpack(path: Path, archive: Archive, folder: Path, limits: Limits = Limits()
     return len(missing)
 
 
-def missing_members(
+def find_missing(
     path: Path,
     archive: Archive,
     folder: Path,
     limits: Limits = Limits(),  # noqa: B008  frozen
 ) -> dict[str, zipfile.ZipInfo]:
-    """Path below `folder` -> member, of the members that are not there in full size. Raises DataError as unpack."""
+    """Path below `folder` -> member, for members without a file of full size. Raises DataError as `unpack`."""
     if path.suffix.lower() != ".zip":
         if folder.is_dir() and any(child.is_dir() for child in folder.iterdir()):
-            return {}  # unpacked by hand, as far as can be told
+            return {}  # probably unpacked by hand
         raise DataError("only zip archives can be unpacked here", path, f"unpack it by hand into {folder}")
     try:
         with zipfile.ZipFile(path) as file:
@@ -90,14 +90,14 @@ def missing_members(
         raise _damaged(path, error) from error
     for member in members:
         _refuse_dangerous(path, member)
-    if len(members) > limits.members or sum(m.file_size for m in members) > _size_limit(path, limits):
+    if len(members) > limits.members or sum(m.file_size for m in members) > _limit_size(path, limits):
         raise _too_large(path)
-    targets = _targets(members, archive)
+    targets = _select_members(members, archive)
     return {name: m for name, m in targets.items() if not _is_complete(folder / name, m.file_size)}
 
 
 def _refuse_dangerous(path: Path, member: zipfile.ZipInfo) -> None:
-    """Refuse an archive with a member that could be written outside the folder, or is no plain file."""
+    """Raise DataError if a member could be written outside the folder, or is not a plain file."""
     name = member.orig_filename.replace("\\", "/")
     kind = stat.S_IFMT(member.external_attr >> 16)
     reason = ""
@@ -113,8 +113,8 @@ def _refuse_dangerous(path: Path, member: zipfile.ZipInfo) -> None:
         raise DataError(f'member "{name}" {reason}; nothing was unpacked', path, "download it from the publisher again")
 
 
-def _targets(members: Sequence[zipfile.ZipInfo], archive: Archive) -> dict[str, zipfile.ZipInfo]:
-    """Path below the dataset's folder -> member, of the members that belong to the dataset."""
+def _select_members(members: Sequence[zipfile.ZipInfo], archive: Archive) -> dict[str, zipfile.ZipInfo]:
+    """Path below the dataset's folder -> member, for members that belong to the dataset."""
     wanted = []
     for member in members:
         parts = PurePosixPath(member.filename.replace("\\", "/")).parts
@@ -134,7 +134,7 @@ def _targets(members: Sequence[zipfile.ZipInfo], archive: Archive) -> dict[str, 
 
 
 def _write_member(file: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, budget: int, path: Path) -> int:
-    """Write one member atomically and return its size; the bytes that really come out are counted."""
+    """Write one member atomically. Returns its size, by the bytes that were really unpacked."""
     written = 0
     try:
         with atomic(target) as temporary, file.open(member) as source, temporary.open("wb") as out:
@@ -150,7 +150,7 @@ def _write_member(file: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, 
     return written
 
 
-def _size_limit(path: Path, limits: Limits) -> int:
+def _limit_size(path: Path, limits: Limits) -> int:
     return min(limits.total, limits.ratio * path.stat().st_size)
 
 
@@ -158,7 +158,7 @@ def _is_complete(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
-def _free_space(folder: Path) -> int:
+def _measure_free_space(folder: Path) -> int:
     existing = next(place for place in (folder, *folder.parents) if place.exists())
     return shutil.disk_usage(existing).free
 

@@ -1,6 +1,6 @@
 """Write the cache of a prepared dataset: its training images as plain pixels at the size of training.
 
-`data/cache.py` says what lies in it, and reads it. h w stored size.
+`data/cache.py` reads the cache and describes its files. h w stored size.
 """
 
 import shutil
@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from cluda_cli import console
-from cluda_cli.data.cache import FORMAT, SPLIT, Box, Cache, box_name, netpbm_header
+from cluda_cli.data.cache import FORMAT, SPLIT, Box, Cache, make_netpbm_header, name_box
 from cluda_cli.data.index import Index, Item
 from cluda_cli.data.transforms import read_image, read_label, resize_image, resize_label_region
 from cluda_cli.errors import DataError, EnvironmentProblem
@@ -20,8 +20,8 @@ from cluda_cli.preparation.conversion import run_all
 
 
 @dataclass(frozen=True)
-class Job:
-    """One image to store; sent to a worker process."""
+class CacheTask:
+    """One image to store. It is sent to a worker process."""
 
     image: Path
     label: Path | None
@@ -32,18 +32,18 @@ class Job:
 
 
 def write_cache(index: Index, names: Mapping[str, str], inputs: str, box: Box, workers: int | None) -> Cache:
-    """Store the training images of `index` that are not stored yet, and remove what is no longer wanted.
+    """Store the training images of `index` that are not stored yet, and remove stored files that it does not need.
 
-    `names` gives, for each image, a name that is another one whenever the image or its label changes: a file that is
-    there is right, because it appears whole or not at all. `inputs` identifies all files together, as in the manifest.
-    Raises EnvironmentProblem if the disk has no room, DataError that names an unreadable file.
+    `names` names the stored file of each image. The name must change with the image or its label; a stored file of
+    that name is then right, because files appear whole or not at all. `inputs` identifies all files together, as in
+    the manifest. Raises EnvironmentProblem if the disk has no room, DataError if a file cannot be read.
     """
-    folder, items = index.folder / "cache" / box_name(box), index.split(SPLIT)
+    folder, items = index.folder / "cache" / name_box(box), index.split(SPLIT)
     cache = Cache(folder, box, {item.image: f"{SPLIT}/{names[item.image]}-{FORMAT}" for item in items})
     missing = [item for item in items if not _is_stored(cache, item)]
     _require_room(folder, sum(map(cache.num_bytes, missing)))
-    jobs = [
-        Job(
+    tasks = [
+        CacheTask(
             index.image_path(item),
             index.label_path(item) if item.label else None,
             cache.size(item),
@@ -51,8 +51,8 @@ def write_cache(index: Index, names: Mapping[str, str], inputs: str, box: Box, w
         )
         for item in missing
     ]
-    with console.Progress(f"caching {index.name}", len(items), len(items) - len(jobs)) as progress:
-        for _ in run_all(store, jobs, workers):
+    with console.Progress(f"caching {index.name}", len(items), len(items) - len(tasks)) as progress:
+        for _ in run_all(store, tasks, workers):
             progress.advance()
     wanted = {f"{path}{suffix}" for path in cache.files.values() for suffix in (".ppm", ".pgm")}
     for path in folder.rglob("*.p[gp]m"):
@@ -63,23 +63,23 @@ def write_cache(index: Index, names: Mapping[str, str], inputs: str, box: Box, w
     return cache
 
 
-def store(job: Job) -> None:
-    """Write one image, and its label after it."""
-    pixels = resize_image(read_image(job.image), job.size).permute(1, 2, 0)  # h w 3
-    _write(job.output, ".ppm", pixels)
-    if job.label:
-        label = resize_label_region(read_label(job.label), job.size, 0, 0, *job.size)  # h w
-        _write(job.output, ".pgm", label[:, :, None])
+def store(task: CacheTask) -> None:
+    """Write one image, then its label."""
+    pixels = resize_image(read_image(task.image), task.size).permute(1, 2, 0)  # h w 3
+    _write_netpbm(task.output, ".ppm", pixels)
+    if task.label:
+        label = resize_label_region(read_label(task.label), task.size, 0, 0, *task.size)  # h w
+        _write_netpbm(task.output, ".pgm", label[:, :, None])
 
 
-def _write(output: Path, suffix: str, pixels: Tensor) -> None:
+def _write_netpbm(output: Path, suffix: str, pixels: Tensor) -> None:
     with atomic(output.with_name(output.name + suffix)) as temporary, temporary.open("wb") as file:
-        file.write(netpbm_header((pixels.shape[0], pixels.shape[1]), pixels.shape[2]))
+        file.write(make_netpbm_header((pixels.shape[0], pixels.shape[1]), pixels.shape[2]))
         file.write(pixels.contiguous().numpy().data)
 
 
 def _is_stored(cache: Cache, item: Item) -> bool:
-    """Whether all files of an image are there, in full length."""
+    """Whether all files of an image exist and are whole."""
     try:
         cache.image(item)
         if item.label:

@@ -1,14 +1,14 @@
-"""CamVid's label files: 32 colours grouped to eleven classes, SegNet's copy, and the customary split."""
+"""CamVid: its 32 label colours in eleven classes, the labels of SegNet's copy, and the usual split."""
 
-from cluda_cli.data.labels import CAMVID, IGNORE, Color, id_table
+from cluda_cli.data.labels import CAMVID, IGNORE, Color, build_id_table
 from cluda_cli.preparation.label_files import ColorLabels, IdLabels
 
 # SegNet's copy of CamVid stores 11 for void.
-SEGNET_LABELS = IdLabels(tuple(id_table((c.label_id, i) for i, c in enumerate(CAMVID))), (*range(12), IGNORE))
+SEGNET_LABELS = IdLabels(tuple(build_id_table((c.label_id, i) for i, c in enumerate(CAMVID))), (*range(12), IGNORE))
 
 # CamVid's 32 colours in the eleven groups that are usually scored (Sturgess et al., "Combining appearance and structure
-# from motion features for road scene understanding", 2009). Where the rare ones belong (cone, cart, animal, moving
-# things) differs between publications; this is the most common choice.
+# from motion features for road scene understanding", 2009). Publications differ in the group of rare colours (cone,
+# cart, animal, moving things); this is the most common choice.
 CAMVID_GROUPS: dict[str, tuple[Color, ...]] = {
     "sky": ((128, 128, 128),),
     # building, archway, bridge, tunnel, wall
@@ -37,11 +37,12 @@ CAMVID_COLORS = ColorLabels((
 ))  # fmt: skip
 
 
-def camvid_split(stem: str) -> str:
-    """The customary split (367 train, 101 val, 233 test) of CamVid's 701 frames, from a frame's name.
+def find_camvid_split(stem: str) -> str:
+    """The split of a CamVid frame: train, val or test; "" if the name is not one of CamVid's.
 
-    The lists of SegNet follow from sequences and frame numbers: val is the densely labelled part of 0016E5; test is
-    the second half of 0001TP and the dusk sequence Seq05VD; all else is train. A name of none of these is "".
+    The usual split (367 train, 101 val, 233 test frames) is that of SegNet's lists. It follows from sequence and frame
+    number: val is the densely labelled part of 0016E5, test is the second half of 0001TP and the dusk sequence
+    Seq05VD, train is the rest.
     """
     sequence, _, frame = stem.removesuffix("_L").partition("_")
     number = int(frame.lstrip("f")) if frame.lstrip("f").isdecimal() else 0

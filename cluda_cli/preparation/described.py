@@ -1,4 +1,4 @@
-"""A user's own dataset, described by a short TOML file; DescriptionTable says what may stand in it."""
+"""Read the description of a user's own dataset, a TOML file. DescriptionTable lists its keys."""
 
 import colorsys
 import re
@@ -9,18 +9,18 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from cluda_cli.data.labels import CITYSCAPES, IGNORE, THING_NAMES, ClassTable, Color, LabelClass, id_table
+from cluda_cli.data.index import IMAGE_SUFFIXES
+from cluda_cli.data.labels import CITYSCAPES, IGNORE, THING_NAMES, ClassTable, Color, LabelClass, build_id_table
 from cluda_cli.errors import DataError, SettingsError, nearest
 from cluda_cli.preparation.label_files import MAX_CLASSES, ColorLabels, IdLabels, LabelReader
 from cluda_cli.preparation.pairing import Split
 from cluda_cli.preparation.published import Dataset
 from cluda_cli.settings import Margins, Section
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"})
 Channel = Annotated[int, Field(ge=0, le=255)]
 
 
-def _pattern(value: str) -> str:
+def _check_pattern(value: str) -> str:
     parts = value.replace("\\", "/").split("/")
     if value.startswith("/") or ":" in parts[0] or ".." in parts:
         raise ValueError("patterns lie below root; set root to the folder that holds all files")
@@ -28,17 +28,17 @@ def _pattern(value: str) -> str:
         raise ValueError("** stands for whole folders, as in images/**/*.png")
     if parts[-1] in {"", "**"}:
         raise ValueError("the pattern names a folder; end it with a file name such as *.png")
-    return "/".join(part for part in parts if part != ".")
+    return "/".join(part for part in parts if part not in {"", "."})
 
 
-def _plain_name(value: str) -> str:
+def _check_name(value: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", value):
         raise ValueError("a name of letters, digits, '-', '_' and '.' is needed, because a folder is named after it")
     return value
 
 
-Pattern = Annotated[str, AfterValidator(_pattern)]
-PlainName = Annotated[str, AfterValidator(_plain_name)]
+Pattern = Annotated[str, AfterValidator(_check_pattern)]
+PlainName = Annotated[str, AfterValidator(_check_name)]
 
 
 class SplitTable(Section):
@@ -53,7 +53,7 @@ class SplitTable(Section):
 
 
 class DescriptionTable(Section):
-    """What a description may say."""
+    """The keys of a description."""
 
     name: PlainName | None = None
     """Name of the prepared dataset; unset: the name of the description file."""
@@ -72,11 +72,11 @@ class DescriptionTable(Section):
     palette: dict[str, tuple[Channel, Channel, Channel]] = {}
     """Class name -> colour in pictures."""
     splits: dict[PlainName, SplitTable] = Field(min_length=1)
-    """Name of a split -> where its files are."""
+    """Split -> where its files are."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> "DescriptionTable":
-        problems = _class_problems(self)
+    def _check_classes(self) -> "DescriptionTable":
+        problems = _find_problems(self)
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -85,8 +85,8 @@ class DescriptionTable(Section):
 def read_description(path: Path) -> Dataset:
     """The dataset that a TOML file describes.
 
-    Raises SettingsError with all problems of form at once, then with all of content; DataError if a folder or list it
-    names is missing.
+    Raises SettingsError that lists all wrong keys and values, or else all inconsistencies; DataError if a folder or a
+    list is missing.
     """
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -101,11 +101,11 @@ def read_description(path: Path) -> Dataset:
     if not root.is_dir():
         raise DataError("no such folder", root, f"correct root in {path}")
     return Dataset(
-        name=table.name or _name_of_file(path),
+        name=table.name or _take_name(path),
         root=root,
-        classes=_classes(table),
-        reader=_reader(table),
-        splits=tuple(_split(name, split, root) for name, split in table.splits.items()),
+        classes=_build_classes(table),
+        reader=_build_reader(table),
+        splits=tuple(_build_split(name, split, root) for name, split in table.splits.items()),
         margins=table.margins,
     )
 
@@ -128,14 +128,14 @@ def parse_id(text: str) -> int:
     return int(text)
 
 
-def generated_color(position: int) -> Color:
-    """A distinct colour for the position-th class: hues in steps of the golden ratio."""
+def generate_color(position: int) -> Color:
+    """A colour for the class at this position: hues in steps of the golden ratio, so that no two are equal."""
     red, green, blue = colorsys.hsv_to_rgb(position * 0.618034 % 1, 0.75, (0.95, 0.65)[position % 2])
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def _class_problems(table: DescriptionTable) -> list[str]:
-    """What is wrong with the classes beyond the type of each value."""
+def _find_problems(table: DescriptionTable) -> list[str]:
+    """Inconsistencies between the keys about classes, one per line."""
     problems = []
     if table.ids and table.colors:
         problems.append("ids, colors: give one of them, for labels of numbers or of colours")
@@ -160,12 +160,12 @@ def _class_problems(table: DescriptionTable) -> list[str]:
         problems.append(f"{len(names)} classes, at most {MAX_CLASSES} are possible")
     for place, given in (("things", table.things or ()), ("palette", tuple(table.palette))):
         strange = [name for name in given if raw and name not in names]
-        problems += [f'{place}: no class "{name}"{_nearest(name, names)}' for name in strange]
+        problems += [f'{place}: no class "{name}"{_suggest(name, names)}' for name in strange]
     return problems
 
 
-def _classes(table: DescriptionTable) -> ClassTable:
-    """Classes in order of first appearance; unlabelled data get the Cityscapes classes for display."""
+def _build_classes(table: DescriptionTable) -> ClassTable:
+    """Classes in order of first appearance. Unlabelled data get the Cityscapes classes, for pictures."""
     if not (table.ids or table.colors):
         return ClassTable(CITYSCAPES)
     known = {c.name: c.color for c in CITYSCAPES}
@@ -174,12 +174,12 @@ def _classes(table: DescriptionTable) -> ClassTable:
     for key, name in (table.colors or table.ids).items():
         if name not in rows:
             own = parse_color(key) if table.colors else None
-            color = table.palette.get(name) or own or known.get(name) or generated_color(len(rows))
+            color = table.palette.get(name) or own or known.get(name) or generate_color(len(rows))
             rows[name] = LabelClass(name, color, len(rows) if table.colors else parse_id(key), name in things)
     return ClassTable(tuple(rows.values()))
 
 
-def _reader(table: DescriptionTable) -> LabelReader | None:
+def _build_reader(table: DescriptionTable) -> LabelReader | None:
     raw = table.colors or table.ids
     position = {name: i for i, name in enumerate(dict.fromkeys(raw.values()))}
     if table.colors:
@@ -188,11 +188,11 @@ def _reader(table: DescriptionTable) -> LabelReader | None:
     if table.ids:
         pairs = [(parse_id(key), position[name]) for key, name in raw.items()]
         known = sorted({label_id for label_id, _ in pairs} | {parse_id(str(key)) for key in table.ignore})
-        return IdLabels(tuple(id_table(pairs)), tuple(known))
+        return IdLabels(tuple(build_id_table(pairs)), tuple(known))
     return None
 
 
-def _split(name: str, table: SplitTable, root: Path) -> Split:
+def _build_split(name: str, table: SplitTable, root: Path) -> Split:
     if table.list is None:
         return Split(name, table.images, table.labels)
     path = root / table.list
@@ -200,36 +200,36 @@ def _split(name: str, table: SplitTable, root: Path) -> Split:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise DataError(f"the list of split {name} cannot be read: {error}", path) from error
-    listed = frozenset(_listed_name(line.strip()) for line in lines if line.strip())
+    listed = frozenset(_read_listed_name(line.strip()) for line in lines if line.strip())
     return Split(name, table.images, table.labels, keep=listed.__contains__, listed=listed)
 
 
-def _listed_name(line: str) -> str:
-    """A line may give a stem, a file name or a path below root."""
+def _read_listed_name(line: str) -> str:
+    """A line of a list without the suffix of an image; it may be a stem, a file name or a path below root."""
     path = Path(line.replace("\\", "/"))
     return path.with_suffix("").as_posix() if path.suffix.lower() in IMAGE_SUFFIXES else path.as_posix()
 
 
-def _name_of_file(path: Path) -> str:
+def _take_name(path: Path) -> str:
     try:
-        return _plain_name(path.stem)
+        return _check_name(path.stem)
     except ValueError as error:
         raise SettingsError(f'"{path.stem}": {error}', path, 'set name = "..."') from error
 
 
 def _explain(problem: Mapping[str, Any]) -> list[str]:
-    """Lines for one pydantic error, dotted path first, with a suggestion for a misspelt key."""
+    """The lines for one pydantic error: dotted path first, with a suggestion for a misspelt key."""
     where = [str(part) for part in problem["loc"] if part != "[key]"]
     path = ".".join(where)
     if problem["type"] == "extra_forbidden":
         fields = (SplitTable if len(where) == 3 and where[0] == "splits" else DescriptionTable).model_fields
-        return [f"{path}: no such key{_nearest(where[-1], list(fields)) or '; known: ' + ', '.join(fields)}"]
+        return [f"{path}: no such key{_suggest(where[-1], list(fields)) or '; known: ' + ', '.join(fields)}"]
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "missing":
         return [f"{path}: is needed"]
     return [f"{path}: {message}, got {problem['input']!r}"] if path else message.splitlines()
 
 
-def _nearest(name: str, choices: list[str]) -> str:
+def _suggest(name: str, choices: list[str]) -> str:
     close = nearest(name, choices)
     return f', did you mean "{close}"?' if close else ""

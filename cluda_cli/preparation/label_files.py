@@ -1,8 +1,7 @@
 """Read a publisher's label file as train ids, exactly or not at all.
 
-A label is never guessed at: a file of another form than the publisher documents is refused with the reason.
-
-H W: height and width of the label.
+A file of another form than the publisher documents is refused, with the reason; nothing is guessed. H W size of the
+label, pixels.
 """
 
 import functools
@@ -19,18 +18,18 @@ from cluda_cli.data.labels import IGNORE, Color
 from cluda_cli.preparation.problems import BadFile, Kind, describe_ids
 
 LOSSY_FORMATS = frozenset({"JPEG", "MPO", "WEBP", "JPEG2000", "AVIF", "HEIF"})
-UNKNOWN = 254  # stands for a colour outside the table while a label is decoded; no train id
+UNKNOWN = 254  # no train id: marks a colour outside the table while a label is decoded
 MAX_CLASSES = 254
 
 
 @dataclass(frozen=True)
 class IdLabels:
-    """8-bit files of one channel, grey or palette: the stored number, for a palette the index, is the label id."""
+    """8-bit files of one channel. The grey value, or the index into the palette, is the label id."""
 
     table: tuple[int, ...]
     """256 train ids, by label id."""
     known: tuple[int, ...]
-    """Label ids that may occur; any other is a problem."""
+    """Label ids that may occur. Any other is a problem."""
 
     def read(self, path: Path) -> np.ndarray:
         """Train ids, H W uint8. Raises BadFile."""
@@ -38,7 +37,7 @@ class IdLabels:
             refuse_lossy(image)
             if image.mode not in {"L", "P", "1"}:
                 raise BadFile(Kind.FORM, f"{describe_form(path, image)} where one 8-bit channel of ids is expected")
-            if image.mode == "L" and png_bit_depth(path) in {2, 4}:
+            if image.mode == "L" and read_png_depth(path) in {2, 4}:
                 raise BadFile(Kind.FORM, "grey with fewer than 8 bits, whose ids are ambiguous")
             raw = np.asarray(image).astype(np.uint8, copy=False)  # H W
         return map_ids(raw, self.table, self.known)
@@ -55,9 +54,9 @@ class FirstChannelLabels:
         """Train ids, H W uint8. Raises BadFile."""
         with open_image(path) as image:
             refuse_lossy(image)
-            if png_bit_depth(path) != 16 or image.mode not in {"RGB", "RGBA"}:
+            if read_png_depth(path) != 16 or image.mode not in {"RGB", "RGBA"}:
                 raise BadFile(Kind.FORM, f"{describe_form(path, image)} where a 16-bit PNG of channels is expected")
-        return map_ids(_first_channel(path), self.table, self.known)
+        return map_ids(_read_first_channel(path), self.table, self.known)
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,11 @@ class ColorLabels:
         """Train ids, H W uint8. Raises BadFile."""
         with open_image(path) as image:
             refuse_lossy(image)
-            if image.mode not in {"RGB", "RGBA", "P"} or png_bit_depth(path) == 16:
+            if image.mode not in {"RGB", "RGBA", "P"} or read_png_depth(path) == 16:
                 raise BadFile(Kind.FORM, f"{describe_form(path, image)} where 8-bit RGB colours are expected")
             rgb = np.asarray(image.convert("RGB")).astype(np.uint32)  # H W 3
         code = rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]
-        train_ids: np.ndarray = _color_table(self.colors)[code]
+        train_ids: np.ndarray = _build_color_table(self.colors)[code]
         if (train_ids == UNKNOWN).any():
             found, counts = np.unique(code[train_ids == UNKNOWN], return_counts=True)
             _refuse_ids({f"#{value:06x}": int(n) for value, n in zip(found, counts, strict=True)})
@@ -86,7 +85,7 @@ LabelReader = IdLabels | FirstChannelLabels | ColorLabels
 
 
 def map_ids(raw: np.ndarray, table: tuple[int, ...], known: tuple[int, ...]) -> np.ndarray:
-    """Label ids, H W -> train ids, H W uint8. Raises BadFile with every id outside `known` and its pixels."""
+    """Label ids, H W -> train ids, H W uint8. Raises BadFile that counts the pixels of each id outside `known`."""
     counts = np.bincount(raw.ravel(), minlength=256)
     unknown = np.setdiff1d(np.flatnonzero(counts), known)
     if unknown.size:
@@ -96,14 +95,14 @@ def map_ids(raw: np.ndarray, table: tuple[int, ...], known: tuple[int, ...]) -> 
 
 
 def count_pixels(train_ids: np.ndarray) -> dict[int, int]:
-    """Train id -> number of pixels; ignored pixels and absent classes are left out."""
+    """Train id -> number of pixels, without ignored pixels and absent classes."""
     counts = np.bincount(train_ids.ravel(), minlength=256)
     return {int(i): int(counts[i]) for i in np.flatnonzero(counts) if i != IGNORE}
 
 
 @contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
-    """Open an image lazily; whatever a broken file makes the decoder raise in the block becomes BadFile."""
+    """Open an image lazily. Raises BadFile for any error of the decoder within the block."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -118,15 +117,15 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         raise BadFile(Kind.UNREADABLE, reason or type(error).__name__) from error
 
 
-def image_size(path: Path, decode: bool) -> tuple[int, int]:
-    """Height and width of an 8-bit image; with `decode` every pixel is read, else only what is needed to trust it.
+def read_size(path: Path, decode: bool) -> tuple[int, int]:
+    """Height and width of an 8-bit image. With `decode` every pixel is read, else the header and the end of the file.
 
     Raises BadFile if the image is broken or cut short, or has more than 8 bits per channel.
     """
     with open_image(path) as image:
-        if image.mode.startswith(("I", "F")) or png_bit_depth(path) == 16:
+        if image.mode.startswith(("I", "F")) or read_png_depth(path) == 16:
             raise BadFile(Kind.DEEP_IMAGE, describe_form(path, image))
-        if decode or not _ends_whole(path):
+        if decode or not _has_end(path):
             image.load()
         return image.height, image.width
 
@@ -138,24 +137,24 @@ def refuse_lossy(image: Image.Image) -> None:
 
 def describe_form(path: Path, image: Image.Image) -> str:
     """Such as `16-bit RGB PNG`."""
-    depth = png_bit_depth(path) or (16 if image.mode.startswith("I;16") else 32 if image.mode in {"I", "F"} else 8)
+    depth = read_png_depth(path) or (16 if image.mode.startswith("I;16") else 32 if image.mode in {"I", "F"} else 8)
     return f"{depth}-bit {image.mode.partition(';')[0]} {image.format}"
 
 
-def png_bit_depth(path: Path) -> int | None:
-    """Bits per channel from the header of a PNG; None for other files."""
-    header = _png_header(path)
+def read_png_depth(path: Path) -> int | None:
+    """Bits per channel of a PNG; None for other files."""
+    header = _read_png_header(path)
     return header[24] if header.startswith(b"\x89PNG\r\n\x1a\n") and len(header) == 26 else None
 
 
-def _png_header(path: Path) -> bytes:
+def _read_png_header(path: Path) -> bytes:
     """Signature, size, bit depth (byte 24) and colour type (byte 25) of a PNG."""
     with path.open("rb") as file:
         return file.read(26)
 
 
-def _ends_whole(path: Path) -> bool:
-    """Whether a PNG or JPEG ends as it should; a file cut short does not, and others must be decoded to know."""
+def _has_end(path: Path) -> bool:
+    """Whether a PNG or JPEG has its end marker. False for other formats, which must be decoded to know."""
     with path.open("rb") as file:
         start = file.read(2)
         file.seek(0, 2)
@@ -164,13 +163,13 @@ def _ends_whole(path: Path) -> bool:
     return (start == b"\x89P" and end[4:8] == b"IEND") or (start == b"\xff\xd8" and end.endswith(b"\xff\xd9"))
 
 
-def _first_channel(path: Path) -> np.ndarray:
+def _read_first_channel(path: Path) -> np.ndarray:
     """First channel of a 16-bit PNG of two to four channels, H W int32.
 
-    Pillow keeps only the upper byte of each number, which for a class id is 0. Its decoder gives the lower byte as well
-    if told that the file is little-endian, which PNG never is. Two channels of 16 bits are read as four of 8 bits.
+    Pillow keeps only the upper byte of each number, which is 0 for a class id. Its decoder gives the lower byte when it
+    is told that the file is little-endian, which PNG never is. Two channels of 16 bits are read as four of 8 bits.
     """
-    if _png_header(path)[25] == 4:  # grey and alpha
+    if _read_png_header(path)[25] == 4:  # grey and alpha
         channels = _decode_as(path, "RGBA")
         upper, lower = channels[..., 0], channels[..., 1]
     else:
@@ -189,8 +188,8 @@ def _decode_as(path: Path, layout: str | None) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=2)
-def _color_table(colors: tuple[tuple[Color, int], ...]) -> np.ndarray:
-    """Train id of every 24-bit colour: 16 MB that make a label take milliseconds."""
+def _build_color_table(colors: tuple[tuple[Color, int], ...]) -> np.ndarray:
+    """Train id of every 24-bit colour: 16 MB, so that decoding a label takes milliseconds."""
     table = np.full(1 << 24, UNKNOWN, dtype=np.uint8)
     for (red, green, blue), train_id in colors:
         table[red << 16 | green << 8 | blue] = train_id

@@ -1,37 +1,41 @@
-"""Find images and labels by glob patterns, and decide which belong together."""
+"""Find images and labels by globs, and pair them."""
 
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 
+from wcmatch import glob
+
+from cluda_cli.errors import DataError
 from cluda_cli.preparation.problems import Kind, Problem
 
 
 @dataclass(frozen=True)
 class Split:
-    """Where one split keeps its files, as glob patterns relative to the dataset."""
+    """Where one split keeps its files, as globs relative to the dataset."""
 
     name: str
     images: str
     labels: str | None = None
     keep: Callable[[str], bool] | None = None
-    """If given, a file belongs to the split only if this holds for one of its names (see Found.names)."""
+    """If given, a file belongs to the split if this is true of one of its names (`Found.names`)."""
     listed: frozenset[str] = frozenset()
-    """Names that the split's own list file promises; those without an image are reported."""
+    """Names in the list file of the split. A name without an image is reported."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """One file that matches a pattern."""
+    """One file that a glob found."""
 
     path: str
     """Relative to the dataset, with forward slashes."""
     folder: str
-    """What the wildcards among the folders of the pattern stand for."""
+    """What the wildcards in the folders of the glob stand for."""
     key: str
-    """What the wildcards in the file name stand for: of `*_rgb.png` and `*_label.png`, the part that is common."""
+    """What the wildcards in the file name stand for: in `*_rgb.png` and `*_label.png`, the common part."""
 
     @property
     def stem(self) -> str:
@@ -39,7 +43,7 @@ class Found:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names by which a list file may mean this file."""
+        """Names that a list file may give this file."""
         without_suffix = str(PurePosixPath(self.path).with_suffix(""))
         below = f"{self.folder}/" if self.folder else ""
         return self.stem, self.key, below + self.stem, below + self.key, without_suffix
@@ -51,30 +55,30 @@ class Pair:
 
     split: str
     stem: str
-    """Unique in the split among pairs with a label; may contain folders."""
+    """Unique among the labelled pairs of the split; may contain folders."""
     image: str
     label: str | None
 
 
 @dataclass
 class Pairs:
-    """All pairs of a dataset and what is wrong with the way they are stored."""
+    """All pairs of a dataset, and problems with names and places of files."""
 
     pairs: list[Pair] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
 
 def find_pairs(root: Path, splits: Sequence[Split]) -> Pairs:
-    """Look for the files of every split below `root`, sorted by path, and pair them."""
+    """Find the files of every split below `root` and pair them, sorted by path."""
     result = Pairs()
     for split in splits:
-        images = [found for found in find_files(root, split.images) if _kept(found, split)]
-        labels = [found for found in find_files(root, split.labels) if _kept(found, split)] if split.labels else []
-        matched, ambiguous = match(images, labels)
+        images = [found for found in find_files(root, split.images) if _belongs(found, split)]
+        labels = [found for found in find_files(root, split.labels) if _belongs(found, split)] if split.labels else []
+        matched, ambiguous = match_labels(images, labels)
         clear = [image for image in images if image.path not in ambiguous]
-        stems = _output_stems(clear, matched)
+        stems = _name_outputs(clear, matched)
         result.pairs += [Pair(split.name, stems[i.path], i.path, matched.get(i.path)) for i in clear]
-        result.problems += [Problem(Kind.DUPLICATE, path, "in split " + split.name) for path in sorted(ambiguous)]
+        result.problems += [Problem(Kind.DUPLICATE, path, f"in split {split.name}") for path in sorted(ambiguous)]
         if split.labels:
             result.problems += [Problem(Kind.NO_LABEL, i.path) for i in clear if i.path not in matched]
             used = ambiguous | set(matched.values())
@@ -85,34 +89,39 @@ def find_pairs(root: Path, splits: Sequence[Split]) -> Pairs:
         present = {name for image in images for name in image.names}
         absent = sorted(split.listed - present)
         result.problems += [Problem(Kind.LISTED, name, f"in the list of split {split.name}") for name in absent]
-    result.problems += _shared(result.pairs)
+    result.problems += _find_shared(result.pairs)
     return result
 
 
 def find_files(root: Path, pattern: str) -> Iterator[Found]:
-    """Files below `root` that match a glob pattern, by path; hidden files (as macOS leaves behind) do not count."""
-    regex = _capturing_regex(pattern)
-    depth = pattern.count("/") + 1
-    names = (path.relative_to(root).as_posix() for path in root.glob(pattern) if path.is_file())
-    for name in sorted(n for n in names if not any(part.startswith(".") for part in n.split("/"))):
-        found = regex.fullmatch(name)
-        assert found, f"{name} was found by {pattern} but does not match it"
-        # Groups of the folders come first; those of the file name are numbered from `folders + 1`.
-        folders = sum(_count_groups(part) for part in pattern.split("/")[: depth - 1])
-        folder = "/".join(part.strip("/") for part in found.groups()[:folders] if part.strip("/"))
-        parts = found.groups()[folders:]
-        suffix_alone = len(parts) > 1 and _ANY_SUFFIX.search(pattern)  # what the last wildcard stands for
-        key = "_".join(parts[:-1] if suffix_alone else parts)
-        if key and pattern[-1] in "*?]" and not suffix_alone:  # the last wildcard swallowed the suffix
-            key = str(PurePosixPath(key).with_suffix(""))
-        yield Found(name, folder, key)
+    """Files below `root` that match a glob, sorted by path.
+
+    Wildcards do not match hidden files (macOS leaves some behind), and `**` does not follow links to folders.
+    Raises DataError if the glob uses a wildcard other than `*`, `?`, `[...]` and `**`.
+    """
+    folder_glob, name_glob = _split_name(pattern)
+    suffix_is_wild = _WILD_SUFFIX.search(name_glob)
+    for path in sorted(glob.glob(pattern, root_dir=root, flags=glob.GLOBSTAR | glob.CASE)):
+        if not (root / path).is_file():
+            continue  # a folder, or a link to nothing
+        path = PurePath(path).as_posix()
+        folder, name = _split_name(path)
+        folder_parts = _capture(folder_glob, folder, root)
+        name_parts = _capture(name_glob, name, root)
+        if suffix_is_wild and len(name_parts) > 1:
+            key = "_".join(name_parts[:-1])
+        else:
+            key = "_".join(name_parts)
+            if key and name_glob[-1] in "*?]":  # the last wildcard stands for the suffix as well
+                key = str(PurePosixPath(key).with_suffix(""))
+        yield Found(path, "/".join(part.strip("/") for part in folder_parts if part.strip("/")), key)
 
 
-def match(images: Sequence[Found], labels: Sequence[Found]) -> tuple[dict[str, str], set[str]]:
-    """Which label belongs to which image: (image path -> label path, paths that share a name).
+def match_labels(images: Sequence[Found], labels: Sequence[Found]) -> tuple[dict[str, str], set[str]]:
+    """Pair labels with images: (image path -> label path, paths that share a name and are not paired).
 
-    In turn by equal folder and file name, by equal folder and key, and, if the images or the labels all lie in one
-    folder, by file name and by key alone. Where a name stands for several files on either side, none is paired.
+    Rules are tried in turn: equal folder and file name, equal folder and key; then, if all images or all labels lie in
+    one folder, equal file name, equal key. If a name fits several images or several labels, none of them is paired.
     """
     matched: dict[str, str] = {}
     ambiguous: set[str] = set()
@@ -136,14 +145,14 @@ def match(images: Sequence[Found], labels: Sequence[Found]) -> tuple[dict[str, s
     return matched, ambiguous
 
 
-def _kept(found: Found, split: Split) -> bool:
+def _belongs(found: Found, split: Split) -> bool:
     return split.keep is None or any(split.keep(name) for name in found.names)
 
 
-def _output_stems(images: Sequence[Found], matched: dict[str, str]) -> dict[str, str]:
-    """Image path -> name of its train-id map: the file name, below its folder where names clash.
+def _name_outputs(images: Sequence[Found], matched: dict[str, str]) -> dict[str, str]:
+    """Image path -> name of its train-id map: the stem of the image, below its folder where stems clash.
 
-    Names that differ in case only clash as well, for file systems that do not tell them apart.
+    Stems that differ only in case clash, because some file systems ignore case.
     """
     count: dict[str, int] = defaultdict(int)
     for image in images:
@@ -155,40 +164,44 @@ def _output_stems(images: Sequence[Found], matched: dict[str, str]) -> dict[str,
     }
 
 
-def _shared(pairs: Sequence[Pair]) -> list[Problem]:
+def _find_shared(pairs: Sequence[Pair]) -> list[Problem]:
     splits: dict[str, list[str]] = defaultdict(list)
     for pair in pairs:
         splits[pair.image].append(pair.split)
     return [Problem(Kind.SHARED, image, ", ".join(of)) for image, of in splits.items() if len(of) > 1]
 
 
-_WILDCARD = re.compile(r"\*|\?|\[[^\]]+\]")
-_WILDCARDS = re.compile(rf"(?:{_WILDCARD.pattern})+")
-_ANY_SUFFIX = re.compile(rf"\.(?:{_WILDCARD.pattern})+$")
+_WILDCARD = r"(?:[*?]|\[[!^]?+(?:\][^]]*|[^]]+)\])"
+_RUN = re.compile(rf"((?<![^/])\*\*/|{_WILDCARD}+)")
+_WILD_SUFFIX = re.compile(rf"\.{_WILDCARD}+$")
 
 
-def _count_groups(part: str) -> int:
-    return len(_WILDCARDS.findall(part))
+def _split_name(path: str) -> tuple[str, str]:
+    """`a/b/c` -> `a/b/`, `c`."""
+    start = path.rfind("/") + 1
+    return path[:start], path[start:]
 
 
-def _capturing_regex(pattern: str) -> re.Pattern[str]:
-    """The glob as a regular expression with one group per run of wildcards."""
-    *folders, name = pattern.split("/")
-    text = ""
-    for part in folders:
-        text += "((?:[^/]+/)*)" if part == "**" else _capture(part) + "/"
-    return re.compile(text + _capture(name))
+def _capture(pattern: str, text: str, root: Path) -> tuple[str, ...]:
+    """What each run of wildcards in a glob stands for in a text that matches the glob."""
+    found = _compile(pattern).fullmatch(text)
+    if not found:
+        raise DataError(
+            f'it is unclear what the wildcards of "{pattern}" stand for in {text}', root, "simplify the glob"
+        )
+    return found.groups()
 
 
-def _capture(part: str) -> str:
-    """One component of a pattern; as in glob, `[!...]` negates."""
-    text, last = "", 0
-    for run in _WILDCARDS.finditer(part):
-        inner = _WILDCARD.sub(lambda wildcard: _translate(wildcard.group()), run.group())
-        text += re.escape(part[last : run.start()]) + f"({inner})"
-        last = run.end()
-    return text + re.escape(part[last:])
+@functools.cache
+def _compile(pattern: str) -> re.Pattern[str]:
+    """A glob as a regular expression with one group for each run of wildcards; wildcards take what they can."""
+    pieces = _RUN.split(pattern)  # literal text and runs of wildcards in turn
+    pieces[::2], pieces[1::2] = map(re.escape, pieces[::2]), map(_translate, pieces[1::2])
+    return re.compile("".join(pieces))
 
 
-def _translate(wildcard: str) -> str:
-    return {"*": "[^/]*", "?": "[^/]"}.get(wildcard, wildcard.replace("[!", "[^", 1))
+def _translate(run: str) -> str:
+    if run == "**/":
+        return "((?:[^/]+/)*)"
+    single = {"*": "[^/]*", "?": "[^/]"}
+    return f"({re.sub(_WILDCARD, lambda found: single.get(found[0], found[0].replace('[!', '[^', 1)), run)})"

@@ -1,4 +1,4 @@
-"""What can be wrong with a dataset on disk, and how it is told: every kind with its count and a few examples."""
+"""What can be wrong with a dataset on disk, and its report: each kind with its count and a few examples."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ IDS = 12  # raw ids named per kind of problem
 
 
 class Kind(Enum):
-    """(what is counted, whether training on it would be wrong, what to do)."""
+    """(what is counted, whether it is an error, remedy)."""
 
     UNREADABLE = ("files that cannot be read", True, "unpack or download them again")
     DEEP_IMAGE = ("images that are not 8-bit", True, "convert them to 8 bits per channel")
@@ -47,7 +47,7 @@ class Problem:
 
     kind: Kind
     file: str
-    """Path relative to the dataset, or the name of what is meant."""
+    """Path relative to the dataset; for some kinds the name of a split, class or listed image."""
     detail: str = ""
     ids: dict[str, int] = field(default_factory=dict)
     """Raw id or colour -> number of pixels, for Kind.IDS."""
@@ -61,18 +61,18 @@ class Problem:
         return Problem(Kind[kind], file, detail, ids)
 
 
-class BadFile(Exception):  # noqa: N818  carries a Problem from where it is found to where it is collected
-    """A file that cannot be used."""
+class BadFile(Exception):  # noqa: N818  it carries a Problem from the reader to the report
+    """A file cannot be used."""
 
     def __init__(self, kind: Kind, detail: str = "", ids: dict[str, int] | None = None) -> None:
         super().__init__(detail)
         self.kind, self.detail, self.ids = kind, detail, ids or {}
 
-    def problem(self, file: str) -> Problem:
+    def to_problem(self, file: str) -> Problem:
         return Problem(self.kind, file, self.detail, self.ids)
 
 
-def report_lines(problems: Sequence[Problem]) -> list[str]:
+def format_report(problems: Sequence[Problem]) -> list[str]:
     """One line per kind with its count, errors first, followed by up to three examples each."""
     lines = []
     for kind in sorted(Kind, key=lambda kind: not kind.is_error):

@@ -1,9 +1,10 @@
-"""Where each published dataset keeps its files, and which label files it has."""
+"""The published datasets: where each keeps its files, and how its labels are read."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluda_cli.data.index import DEMO_NAMES
 from cluda_cli.data.labels import (
     CAMVID,
     CITYSCAPES,
@@ -13,11 +14,11 @@ from cluda_cli.data.labels import (
     SYNTHIA_LABEL_IDS,
     ClassTable,
     LabelClass,
-    id_table,
+    build_id_table,
 )
 from cluda_cli.errors import DataError
 from cluda_cli.preparation.archives import Archive
-from cluda_cli.preparation.camvid import CAMVID_COLORS, SEGNET_LABELS, camvid_split
+from cluda_cli.preparation.camvid import CAMVID_COLORS, SEGNET_LABELS, find_camvid_split
 from cluda_cli.preparation.label_files import FirstChannelLabels, IdLabels, LabelReader
 from cluda_cli.preparation.pairing import Split, find_files
 
@@ -26,7 +27,7 @@ Margins = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Dataset:
-    """A raw dataset on disk: everything `prepare` needs to index it."""
+    """A raw dataset on disk: all that `prepare` needs."""
 
     name: str
     root: Path
@@ -39,12 +40,12 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Layout:
-    """One way in which copies of a dataset are laid out."""
+    """One of the ways in which a dataset is stored."""
 
     splits: tuple[Split, ...]
     reader: LabelReader
     as_published: bool = True
-    """Whether it is what the publisher's archives unpack to, so that missing files can be added from them."""
+    """Whether the publisher's archives unpack to this layout, so that missing files can be added from them."""
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,23 @@ class Published:
     archives: tuple[Archive, ...] = ()
     margins: Margins = (0, 0, 0, 0)
 
-    def folder(self, data_root: Path) -> Path:
-        """Where the raw files lie: <data root>/<name>, with a dash or an underscore."""
+    def find_folder(self, data_root: Path) -> Path:
+        """The folder of the raw files: <data root>/<name>, with dashes or underscores."""
         folders = [data_root / name for name in (self.name, self.name.replace("-", "_"))]
         return next((folder for folder in folders if folder.is_dir()), folders[-1])
 
-    def layout(self, data_root: Path) -> Layout | None:
-        """The layout that the folder has: the first with images and labels, else the first with images."""
-        root = self.folder(data_root)
-        with_images = [layout for layout in self.layouts if _any(root, [s.images for s in layout.splits])]
-        with_labels = [layout for layout in with_images if _any(root, [s.labels for s in layout.splits if s.labels])]
+    def find_layout(self, data_root: Path) -> Layout | None:
+        """The layout of the files on disk: the first with images and labels, else the first with images."""
+        root = self.find_folder(data_root)
+        with_images = [layout for layout in self.layouts if _has_files(root, [s.images for s in layout.splits])]
+        with_labels = [
+            layout for layout in with_images if _has_files(root, [s.labels for s in layout.splits if s.labels])
+        ]
         return next(iter(with_labels + with_images), None)
 
     def locate(self, data_root: Path) -> Dataset:
-        """The dataset in the layout that its folder has. Raises DataError if nothing is found."""
-        root, layout = self.folder(data_root), self.layout(data_root)
+        """The dataset in the layout of its files. Raises DataError if no images are found."""
+        root, layout = self.find_folder(data_root), self.find_layout(data_root)
         if layout is None:
             patterns = dict.fromkeys(layout.splits[0].images for layout in self.layouts)
             archives = ", ".join(archive.files for archive in self.archives)
@@ -83,40 +86,40 @@ class Published:
         return Dataset(self.name, root, ClassTable(self.classes), layout.reader, layout.splits, self.margins)
 
 
-def _any(root: Path, patterns: list[str]) -> bool:
+def _has_files(root: Path, patterns: list[str]) -> bool:
     return any(next(find_files(root, pattern), None) for pattern in patterns)
 
 
-def _ids_by_name(ids: dict[int, str]) -> tuple[int, ...]:
+def _map_ids_by_name(ids: dict[int, str]) -> tuple[int, ...]:
     position = {c.name: i for i, c in enumerate(CITYSCAPES)}
-    return tuple(id_table((label_id, position[name]) for label_id, name in ids.items()))
+    return tuple(build_id_table((label_id, position[name]) for label_id, name in ids.items()))
 
 
 # A label id of -1 is stored as 255 in 8-bit files.
 CITYSCAPES_LABELS = IdLabels(
-    tuple(id_table((c.label_id, i) for i, c in enumerate(CITYSCAPES))),
+    tuple(build_id_table((c.label_id, i) for i, c in enumerate(CITYSCAPES))),
     tuple(sorted({i % 256 for i in CITYSCAPES_LABEL_IDS})),
 )
 TRAIN_ID_LABELS = IdLabels(
-    tuple(id_table((i, i) for i in range(len(CITYSCAPES)))), (*range(len(CITYSCAPES)), IGNORE)
+    tuple(build_id_table((i, i) for i in range(len(CITYSCAPES)))), (*range(len(CITYSCAPES)), IGNORE)
 )  # fmt: skip
-SYNTHIA_LABELS = FirstChannelLabels(_ids_by_name(SYNTHIA_IDS), tuple(SYNTHIA_LABEL_IDS))
+SYNTHIA_LABELS = FirstChannelLabels(_map_ids_by_name(SYNTHIA_IDS), tuple(SYNTHIA_LABEL_IDS))
 
 
-def _in_camvid(split: str) -> Callable[[str], bool]:
-    return lambda stem: camvid_split(stem) == split
+def _select_camvid(split: str) -> Callable[[str], bool]:
+    return lambda stem: find_camvid_split(stem) == split
 
 
-def _gta(labels: str, reader: LabelReader) -> Layout:
+def _build_gta(labels: str, reader: LabelReader) -> Layout:
     return Layout((Split("train", "images/*.png", labels),), reader)
 
 
-def _synthia(prefix: str) -> Layout:
+def _build_synthia(prefix: str) -> Layout:
     split = Split("train", f"{prefix}RGB/*.png", f"{prefix}GT/LABELS/*.png")
     return Layout((split,), SYNTHIA_LABELS, as_published=not prefix)
 
 
-def _cityscapes(suffix: str, reader: LabelReader) -> Layout:
+def _build_cityscapes(suffix: str, reader: LabelReader) -> Layout:
     def split(name: str, labels: str | None) -> Split:
         return Split(name, f"leftImg8bit/{name}/*/*_leftImg8bit.png", labels)
 
@@ -125,7 +128,7 @@ def _cityscapes(suffix: str, reader: LabelReader) -> Layout:
     return Layout((*labelled, split("test", None)), reader)
 
 
-def _acdc(between: str, below: str, suffix: str, reader: LabelReader) -> Layout:
+def _build_acdc(between: str, below: str, suffix: str, reader: LabelReader) -> Layout:
     """ACDC; `between` and `below` are the folders around that of the split: condition and sequence, or none."""
     return Layout(tuple(
         Split(
@@ -137,7 +140,7 @@ def _acdc(between: str, below: str, suffix: str, reader: LabelReader) -> Layout:
     ), reader, as_published=bool(between))  # fmt: skip
 
 
-def _dark_zurich(suffix: str, reader: LabelReader) -> Layout:
+def _build_dark_zurich(suffix: str, reader: LabelReader) -> Layout:
     return Layout((
         Split("train", "rgb_anon/train/night/**/*_rgb_anon.png"),
         Split("val", "rgb_anon/val/**/*_rgb_anon.png", f"gt/val/**/*_gt_{suffix}.png"),
@@ -157,8 +160,8 @@ _CAMVID_FOLDERS = (
 PUBLISHED: tuple[Published, ...] = (
     Published(
         "gta",
-        # `[0-9].png` leaves out the train-id files that other tools write beside the labels.
-        (_gta("labels/*[0-9].png", CITYSCAPES_LABELS),),
+        # `[0-9].png` does not find the train-id files that other tools write beside the labels.
+        (_build_gta("labels/*[0-9].png", CITYSCAPES_LABELS),),
         archives=(
             Archive("[0-9][0-9]_images.zip", ("images",)),
             Archive("[0-9][0-9]_labels.zip", ("labels",)),
@@ -166,12 +169,12 @@ PUBLISHED: tuple[Published, ...] = (
     ),
     Published(
         "synthia",
-        (_synthia(""), _synthia("RAND_CITYSCAPES/")),
+        (_build_synthia(""), _build_synthia("RAND_CITYSCAPES/")),
         archives=(Archive("*RAND_CITYSCAPES.zip", ("RGB", "GT")), Archive("*RAND_CITYSCAPES.rar", ())),
     ),
     Published(
         "cityscapes",
-        tuple(_cityscapes(*files) for files in LABEL_FILES),
+        tuple(_build_cityscapes(*files) for files in LABEL_FILES),
         archives=(
             Archive("leftImg8bit_trainvaltest.zip", ("leftImg8bit",)),
             Archive("gtFine_trainvaltest.zip", ("gtFine",)),
@@ -185,7 +188,7 @@ PUBLISHED: tuple[Published, ...] = (
         (
             Layout(
                 tuple(
-                    Split(name, "701_StillsRaw_full/*.png", "LabeledApproved_full/*_L.png", _in_camvid(name))
+                    Split(name, "701_StillsRaw_full/*.png", "LabeledApproved_full/*_L.png", _select_camvid(name))
                     for name in ("train", "val", "test")
                 ),
                 CAMVID_COLORS,
@@ -205,8 +208,8 @@ PUBLISHED: tuple[Published, ...] = (
     Published(
         "acdc",
         (
-            *(_acdc("*/", "*/", *files) for files in LABEL_FILES),
-            *(_acdc("", "", *files) for files in LABEL_FILES),
+            *(_build_acdc("*/", "*/", *files) for files in LABEL_FILES),
+            *(_build_acdc("", "", *files) for files in LABEL_FILES),
         ),
         archives=(
             Archive("rgb_anon_trainvaltest.zip", _FROM_VIDEO),
@@ -215,27 +218,24 @@ PUBLISHED: tuple[Published, ...] = (
     ),
     Published(
         "dark-zurich",
-        tuple(_dark_zurich(*files) for files in LABEL_FILES),
+        tuple(_build_dark_zurich(*files) for files in LABEL_FILES),
         archives=(Archive("Dark_Zurich_*_anon.zip", _FROM_VIDEO),),
     ),
 )
 
 
-def demo_datasets(folder: Path) -> tuple[Dataset, ...]:
-    """The two domains of the generated demonstration; the target's training labels are made but not used."""
+def locate_demo(folder: Path) -> tuple[Dataset, ...]:
+    """The two datasets of the demonstration. The target has training labels on disk, which are not used."""
 
     def split(domain: str, name: str, labelled: bool) -> Split:
         labels = f"{domain}/{name}/labels/*.png" if labelled else None
         return Split(name, f"{domain}/{name}/images/*.png", labels)
 
-    classes = ClassTable(CITYSCAPES)
-    return (
-        Dataset(
-            "demo-render", folder, classes, CITYSCAPES_LABELS,
-            (split("render", "train", True), split("render", "val", True)),
-        ),
-        Dataset(
-            "demo-camera", folder, classes, CITYSCAPES_LABELS,
-            (split("camera", "train", False), split("camera", "val", True)),
-        ),
-    )  # fmt: skip
+    source, target = DEMO_NAMES
+    return tuple(
+        Dataset(name, folder, ClassTable(CITYSCAPES), CITYSCAPES_LABELS, splits)
+        for name, splits in (
+            (source, (split("render", "train", True), split("render", "val", True))),
+            (target, (split("camera", "train", False), split("camera", "val", True))),
+        )
+    )

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from cluda_cli.cli import app
 from cluda_cli.commands.prepare import prepare
-from cluda_cli.data.cache import best_cache
+from cluda_cli.data.cache import choose_cache
 from cluda_cli.data.index import Index
 from cluda_cli.errors import DataError, SettingsError
 from cluda_cli.preparation import conversion
@@ -112,12 +112,12 @@ def test_another_class_table_converts_everything_again(town: Path) -> None:
 def test_an_interrupted_run_goes_on_where_it_stopped(town: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 
-    def stop_at_c(job: conversion.Job) -> conversion.Outcome:
+    def stop_at_c(job: conversion.Conversion) -> conversion.Outcome:
         if job.pair.stem == "c":
             raise KeyboardInterrupt
         return conversion_of(job)
 
-    def note(job: conversion.Job) -> conversion.Outcome:
+    def note(job: conversion.Conversion) -> conversion.Outcome:
         seen.append(job.pair.stem)
         return conversion_of(job)
 
@@ -139,7 +139,7 @@ def test_a_map_of_an_interrupted_run_is_not_taken_for_that_of_an_earlier_one(
 ) -> None:
     """Other classes, stopped half-way, and back to the first classes: every map must be of the first classes."""
 
-    def stop_at_c(job: conversion.Job) -> conversion.Outcome:
+    def stop_at_c(job: conversion.Conversion) -> conversion.Outcome:
         if job.pair.stem == "c":
             raise KeyboardInterrupt
         return conversion_of(job)
@@ -219,7 +219,7 @@ REPORT = (
 
 
 @pytest.mark.parametrize("check", [False, True])
-def test_everything_wrong_is_told_with_its_count(town: Path, capsys: pytest.CaptureFixture[str], check: bool) -> None:
+def test_every_problem_is_reported_with_its_count(town: Path, capsys: pytest.CaptureFixture[str], check: bool) -> None:
     spoil(town.parent / "raw")
     with pytest.raises(DataError, match=r"8 files would spoil training.*--skip-bad"):
         run(town, check=check)
@@ -229,7 +229,7 @@ def test_everything_wrong_is_told_with_its_count(town: Path, capsys: pytest.Capt
     assert not (town.parent / "data/prepared/town/index.json").exists()
 
 
-def test_errors_are_told_again_from_the_journal(town: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_reported_again_from_the_journal(town: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spoil(town.parent / "raw")
     reports = []
     for _ in range(2):
@@ -277,7 +277,7 @@ def test_many_problems_of_a_kind_are_shortened(town: Path, capsys: pytest.Captur
     assert lines[start + 1 : start + 5] == [*(f"  train/x{i}.png" for i in range(3)), "  and 4 more"]
 
 
-def test_classes_that_never_occur_are_told(town: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_classes_that_never_occur_are_reported(town: Path, capsys: pytest.CaptureFixture[str]) -> None:
     town.write_text(DESCRIPTION.replace('6 = "car"', '6 = "car"\n7 = "tram"'))
     run(town, check=True)
     assert "warning: classes that never occur: 1\n  tram: in the labels of split train" in capsys.readouterr().out
@@ -362,12 +362,6 @@ def test_processes_give_what_one_process_gives(town: Path, monkeypatch: pytest.M
     assert [os.path.basename(path) for path in sorted(state(index.folder / "labels"))] == ["a.png", "b.png", "c.png"]
 
 
-def test_one_worker_starts_no_process(town: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversion, "ProcessPoolExecutor", None)
-    monkeypatch.setattr(conversion, "TASKS_PER_WORKER", 1)
-    assert run(town).splits
-
-
 def test_preparing_needs_no_torch() -> None:
     """Each worker process imports this much; torch would cost it seconds and half a gigabyte."""
     code = "import sys, cluda_cli.commands.prepare, cluda_cli.preparation.conversion; sys.exit('torch' in sys.modules)"
@@ -392,7 +386,7 @@ def test_cache_follows_the_files(town: Path, capsys: pytest.CaptureFixture[str])
     assert f"3 training images cached in {folder}" in capsys.readouterr().out
     before = state(folder)
     assert len(before) == 3 * 2 + 1
-    assert best_cache(index, (1, 2)).box == (1, 2)
+    assert choose_cache(index, (1, 2)).box == (1, 2)
     run(town, cache="1x2")
     assert {name: time for name, time in state(folder).items() if not name.endswith("json")} == {
         name: time for name, time in before.items() if not name.endswith("json")
@@ -401,10 +395,10 @@ def test_cache_follows_the_files(town: Path, capsys: pytest.CaptureFixture[str])
     os.utime(town.parent / "raw/train/b.png", (1, 1))
     index = run(town)
     capsys.readouterr()
-    assert best_cache(index, (1, 2)) is None
+    assert choose_cache(index, (1, 2)) is None
     assert "out of date" in capsys.readouterr().err
     run(town, cache="1x2")
-    assert best_cache(index, (1, 2)) and len(state(folder)) == len(before)
+    assert choose_cache(index, (1, 2)) and len(state(folder)) == len(before)
     assert run(town, cache="original").folder == index.folder
     assert (index.folder / "cache" / "original" / "cache.json").is_file()
 

@@ -67,7 +67,7 @@ def test_a_missing_split_is_named_with_those_there_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", ["", "[1, 2]", '{"format": 1}', '{"format": 99}'], ids=["empty", "list", "no keys", "newer"]
 )
-def test_a_broken_index_is_told_as_such(tmp_path: Path, content: str) -> None:
+def test_a_broken_index_is_reported_as_such(tmp_path: Path, content: str) -> None:
     folder = tmp_path / "prepared" / "town"
     folder.mkdir(parents=True)
     (folder / "index.json").write_text(content)
@@ -75,7 +75,7 @@ def test_a_broken_index_is_told_as_such(tmp_path: Path, content: str) -> None:
         Index.load(folder)
 
 
-def test_an_index_of_strange_items_is_told_as_such(tmp_path: Path) -> None:
+def test_an_index_of_strange_items_is_reported_as_such(tmp_path: Path) -> None:
     index = make_index(tmp_path)
     index.save()
     content = json.loads((index.folder / "index.json").read_text())

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from cluda_cli.data.labels import CAMVID, CITYSCAPES, IGNORE, PROTOCOLS, ClassTable, LabelClass, id_table
-from cluda_cli.preparation.published import CITYSCAPES_LABELS, SYNTHIA_LABELS, TRAIN_ID_LABELS
+from cluda_cli.data.labels import CAMVID, CITYSCAPES, IGNORE, PROTOCOLS, ClassTable, LabelClass, build_id_table
+from cluda_cli.preparation.published import CITYSCAPES_LABELS, SYNTHIA_LABELS
 
 MAPS = "12_label_maps/label_maps"
 
@@ -45,13 +45,8 @@ def test_protocols_leave_out_the_customary_classes(golden: Any) -> None:
     assert list(PROTOCOLS["13"]) == [name for name in sixteen if names.index(name) not in hard]
 
 
-def test_train_id_files_are_read_as_they_are() -> None:
-    assert list(TRAIN_ID_LABELS.table[:19]) == list(range(19))
-    assert set(TRAIN_ID_LABELS.table[19:]) == {IGNORE}
-
-
-def test_id_table_ignores_what_it_is_not_told() -> None:
-    table = id_table([(7, 0), (-1, 5)])
+def test_id_table_ignores_what_it_is_not_reported() -> None:
+    table = build_id_table([(7, 0), (-1, 5)])
     assert table[7] == 0
     assert [value for value in table if value != IGNORE] == [0]  # an id of -1 must not land in slot 255
 

@@ -8,7 +8,7 @@ import pytest
 
 from cluda_cli.errors import DataError
 from cluda_cli.preparation import archives
-from cluda_cli.preparation.archives import Archive, Limits, find_archives, missing_members, unpack
+from cluda_cli.preparation.archives import Archive, Limits, find_archives, find_missing, unpack
 
 IMAGES = Archive("*.zip", ("images",))
 
@@ -89,7 +89,7 @@ def test_a_header_that_lies_does_not_get_more_bytes_out(tmp_path: Path) -> None:
 
 def test_bytes_are_counted_as_they_come_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_zip(tmp_path / "a.zip", {"images/a.png": bytes(50_000), "images/b.png": bytes(50_000)})
-    monkeypatch.setattr(archives, "missing_members", lambda *_: dict.fromkeys(
+    monkeypatch.setattr(archives, "find_missing", lambda *_: dict.fromkeys(
         ["images/a.png", "images/b.png"], zipfile.ZipFile(path).infolist()[0]
     ))  # fmt: skip
     with pytest.raises(DataError, match="far more than"):
@@ -125,11 +125,11 @@ def test_a_damaged_member_leaves_the_others_and_no_fragment(tmp_path: Path) -> N
     assert files_in(tmp_path / "gta") == ["images/a.png"]
 
 
-def test_a_download_cut_short_is_told_as_such(tmp_path: Path) -> None:
+def test_a_download_cut_short_is_reported_as_such(tmp_path: Path) -> None:
     path = make_zip(tmp_path / "a.zip", {"images/a.png": b"good"})
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(DataError, match="damaged"):
-        missing_members(path, IMAGES, tmp_path / "gta")
+        find_missing(path, IMAGES, tmp_path / "gta")
 
 
 def test_an_encrypted_archive_is_refused(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_an_encrypted_archive_is_refused(tmp_path: Path) -> None:
 
 def test_no_room_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_zip(tmp_path / "a.zip", {"images/a.png": b"good"})
-    monkeypatch.setattr(archives, "_free_space", lambda folder: 3)
+    monkeypatch.setattr(archives, "_measure_free_space", lambda folder: 3)
     with pytest.raises(DataError, match="make room"):
         unpack(path, IMAGES, tmp_path / "gta")
     assert not (tmp_path / "gta").exists()
@@ -153,9 +153,9 @@ def test_rar_must_be_unpacked_by_hand(tmp_path: Path) -> None:
     path = tmp_path / "SYNTHIA_RAND_CITYSCAPES.rar"
     path.touch()
     with pytest.raises(DataError, match="by hand"):
-        missing_members(path, Archive("*.rar", ()), tmp_path / "synthia")
+        find_missing(path, Archive("*.rar", ()), tmp_path / "synthia")
     (tmp_path / "synthia" / "RGB").mkdir(parents=True)
-    assert missing_members(path, Archive("*.rar", ()), tmp_path / "synthia") == {}
+    assert find_missing(path, Archive("*.rar", ()), tmp_path / "synthia") == {}
 
 
 def test_archives_are_looked_for_in_every_place(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from cluda_cli.data.labels import CITYSCAPES, IGNORE
 from cluda_cli.errors import DataError, SettingsError
-from cluda_cli.preparation.described import generated_color, parse_color, read_description
+from cluda_cli.preparation.described import generate_color, parse_color, read_description
 from cluda_cli.preparation.label_files import ColorLabels
 from cluda_cli.preparation.pairing import find_pairs
 
@@ -89,7 +89,7 @@ def test_unlabelled_data_need_no_classes(tmp_path: Path) -> None:
     assert dataset.classes.classes == CITYSCAPES
 
 
-@pytest.mark.parametrize("line", ["01", "01.png", "images/01", "images\\01.png"])
+@pytest.mark.parametrize("line", ["01", "01.png", "01.pgm", "images/01", "images\\01.png"])
 def test_a_list_names_images_in_several_ways(tmp_path: Path, line: str) -> None:
     (tmp_path / "images").mkdir()
     for name in ("01.jpg", "02.jpg"):
@@ -101,7 +101,7 @@ def test_a_list_names_images_in_several_ways(tmp_path: Path, line: str) -> None:
     assert found.problems == []
 
 
-def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
+def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     text = problems(tmp_path, """
 nmae = "x"
 margins = [1, 2, -3, 4]
@@ -124,7 +124,7 @@ images = "images/"
     assert len(text.splitlines()) == 9
 
 
-def test_inconsistent_classes_are_told_at_once(tmp_path: Path) -> None:
+def test_inconsistent_classes_are_reported_at_once(tmp_path: Path) -> None:
     text = problems(tmp_path, """
 ignore = [1, 300]
 things = ["raod"]
@@ -173,4 +173,4 @@ def test_colors_are_written_in_two_ways() -> None:
 
 
 def test_generated_colors_differ() -> None:
-    assert len({generated_color(i) for i in range(50)}) == 50
+    assert len({generate_color(i) for i in range(50)}) == 50

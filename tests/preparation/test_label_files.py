@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cluda_cli.data.labels import IGNORE, id_table
+from cluda_cli.data.labels import IGNORE, build_id_table
 from cluda_cli.preparation.camvid import CAMVID_COLORS
-from cluda_cli.preparation.label_files import FirstChannelLabels, IdLabels, LabelReader, count_pixels, image_size
+from cluda_cli.preparation.label_files import FirstChannelLabels, IdLabels, LabelReader, count_pixels, read_size
 from cluda_cli.preparation.problems import BadFile, Kind
 from cluda_cli.preparation.published import CITYSCAPES_LABELS, SYNTHIA_LABELS
 
 COLOR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}  # PNG colour type by number of channels
-TWO_CLASSES = IdLabels(tuple(id_table([(0, 0), (1, 1)])), (0, 1))
+TWO_CLASSES = IdLabels(tuple(build_id_table([(0, 0), (1, 1)])), (0, 1))
 
 
 def write_png(path: Path, samples: np.ndarray, bits: int) -> Path:
@@ -131,13 +131,6 @@ def test_lossy_labels_are_refused_whatever_their_name(tmp_path: Path, reader: La
     assert (bad.kind, "JPEG" in bad.detail) == (Kind.LOSSY, True)
 
 
-def test_camvid_colors_are_grouped(tmp_path: Path) -> None:
-    # sky, wall, cone, lane marking, pram, void
-    colors = [(128, 128, 128), (64, 192, 0), (0, 0, 64), (128, 0, 192), (64, 0, 192), (0, 0, 0)]
-    Image.fromarray(np.array([colors], dtype=np.uint8)).save(tmp_path / "a.png")
-    assert CAMVID_COLORS.read(tmp_path / "a.png").tolist() == [[0, 1, 2, 3, 9, IGNORE]]
-
-
 def test_unknown_colors_are_counted(tmp_path: Path) -> None:
     Image.fromarray(np.array([[(1, 2, 3), (1, 2, 3), (0, 0, 0)]], dtype=np.uint8)).save(tmp_path / "a.png")
     assert refusal(CAMVID_COLORS, tmp_path / "a.png").ids == {"#010203": 2}
@@ -157,10 +150,10 @@ def test_an_image_cut_short_is_noticed_without_decoding_the_whole_ones(tmp_path:
     noise = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
     path = tmp_path / f"a{suffix}"
     Image.fromarray(noise).save(path)
-    assert image_size(path, decode=False) == (40, 60)
+    assert read_size(path, decode=False) == (40, 60)
     path.write_bytes(path.read_bytes()[:-500])
     with pytest.raises(BadFile) as caught:
-        image_size(path, decode=False)
+        read_size(path, decode=False)
     assert caught.value.kind is Kind.UNREADABLE
 
 
@@ -170,16 +163,16 @@ def test_damage_inside_an_image_is_found_when_it_is_decoded(tmp_path: Path) -> N
     content = bytearray(path.read_bytes())
     content[200:260] = bytes(60)
     path.write_bytes(content)
-    assert image_size(path, decode=False) == (40, 60)
+    assert read_size(path, decode=False) == (40, 60)
     with pytest.raises(BadFile):
-        image_size(path, decode=True)
+        read_size(path, decode=True)
 
 
 def test_images_of_sixteen_bits_are_refused(tmp_path: Path) -> None:
     for channels in (1, 3):
         path = write_png(tmp_path / f"{channels}.png", np.full((2, 2, channels), 60_000), 16)
         with pytest.raises(BadFile, match="16-bit") as caught:
-            image_size(path, decode=False)
+            read_size(path, decode=False)
         assert caught.value.kind is Kind.DEEP_IMAGE
 
 
@@ -190,10 +183,10 @@ def test_a_huge_image_is_refused_instead_of_decoded(tmp_path: Path) -> None:
     content[29:33] = struct.pack(">I", zlib.crc32(bytes(content[12:29])))
     path.write_bytes(content)
     with pytest.raises(BadFile, match="exceeds limit"):
-        image_size(path, decode=False)
+        read_size(path, decode=False)
 
 
 def test_a_file_that_is_no_image_is_unreadable_and_named_once(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("<html>quota exceeded</html>")
     with pytest.raises(BadFile, match=r"^cannot identify image file$"):
-        image_size(tmp_path / "a.png", decode=False)
+        read_size(tmp_path / "a.png", decode=False)

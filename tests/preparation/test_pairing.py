@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from cluda_cli.preparation.pairing import Split, find_pairs
+from cluda_cli.errors import DataError
+from cluda_cli.preparation.pairing import Split, find_files, find_pairs
 from cluda_cli.preparation.problems import Kind
 
 
@@ -68,6 +69,48 @@ def test_a_flat_folder_of_labels_does_not_serve_two_images_of_equal_name(tmp_pat
     found = find_pairs(tmp_path, [Split("train", "i/*/*.png", "l/*.png")])
     assert found.pairs == []
     assert {p.kind for p in found.problems} == {Kind.DUPLICATE}
+
+
+def test_links_are_followed_by_a_star_but_not_by_two(tmp_path: Path) -> None:
+    make(tmp_path, "i/a/01.png", "elsewhere/02.png", "elsewhere/deep/03.png")
+    (tmp_path / "i/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "i/a/file.png").symlink_to(tmp_path / "elsewhere/02.png")
+    (tmp_path / "i/a/broken.png").symlink_to(tmp_path / "nowhere")
+    own = ["i/a/01.png", "i/a/file.png"]
+    assert [found.path for found in find_files(tmp_path, "i/**/*.png")] == own
+    assert [found.path for found in find_files(tmp_path, "i/*/*.png")] == [*own, "i/link/02.png"]
+    assert [found.path for found in find_files(tmp_path, "i/*/**/*.png")] == [
+        *own, "i/link/02.png", "i/link/deep/03.png"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "folder", "key"),
+    [
+        ("**/*.png", "01.png", "", "01"),
+        ("**/x/**/*.png", "x/a/x/b/01.png", "x/a/b", "01"),
+        ("s*/[!a]?/*.png", "s1/b2/01.png", "1/b2", "01"),
+        ("*-*.*", "a-b-c.tar.png", "", "a-b_c.tar"),
+        ("[]]_*.png", "]_01.png", "", "]_01"),
+        ("a[_*.png", "a[_01.png", "", "01"),
+        ("*.png", "a(1)+[2].png", "", "a(1)+[2]"),
+    ],
+)
+def test_what_wildcards_stand_for(tmp_path: Path, pattern: str, path: str, folder: str, key: str) -> None:
+    make(tmp_path, path)
+    (found,) = find_files(tmp_path, pattern)
+    assert (found.path, found.folder, found.key) == (path, folder, key)
+
+
+def test_globs_heed_case(tmp_path: Path) -> None:
+    make(tmp_path, "a.PNG")
+    assert not list(find_files(tmp_path, "*.png"))
+
+
+def test_a_glob_of_unknown_wildcards_is_a_data_error(tmp_path: Path) -> None:
+    make(tmp_path, "]1.png")
+    with pytest.raises(DataError, match="unclear what the wildcards"):
+        list(find_files(tmp_path, "[\\]]*.png"))
 
 
 def test_hidden_files_do_not_count(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cluda_cli.data.index import PUBLISHED_NAMES
 from cluda_cli.data.labels import CAMVID, CITYSCAPES, IGNORE, ClassTable
 from cluda_cli.errors import DataError
 from cluda_cli.preparation.archives import Archive
 from cluda_cli.preparation.pairing import Pair, find_pairs
-from cluda_cli.preparation.published import PUBLISHED, Dataset, Published, camvid_split, demo_datasets
+from cluda_cli.preparation.published import PUBLISHED, TRAIN_ID_LABELS, Dataset, Published, locate_demo
 
 BY_NAME = {published.name: published for published in PUBLISHED}
 CAR = 26  # Cityscapes label id, train id 13
@@ -162,29 +163,26 @@ def test_camvid_as_in_segnet(tmp_path: Path) -> None:
     assert [value_of(dataset, splits[name][0]) for name in ("train", "val", "test")] == [8, IGNORE, 0]
 
 
-def test_camvid_split_has_the_customary_sizes() -> None:
-    """The 701 frames: 0001TP has 124, 0006R0 101, 0016E5 305 of which 101 follow each other closely, Seq05VD 171."""
-    frames = [f"0001TP_{6690 + 30 * i:06d}" for i in range(124)]
-    frames += [f"0006R0_f{930 + 30 * i:05d}" for i in range(101)]
-    frames += [f"0016E5_{390 + 30 * i:05d}" for i in range(204)] + [f"0016E5_{7959 + 2 * i:05d}" for i in range(101)]
-    frames += [f"Seq05VD_f{30 * i:05d}" for i in range(171)]
-    sizes = {name: sum(camvid_split(frame) == name for frame in frames) for name in ("train", "val", "test", "")}
-    assert sizes == {"train": 367, "val": 101, "test": 233, "": 0}
-    assert camvid_split("0016E5_07961_L") == "val"
-    assert camvid_split("holiday") == ""
-
-
 def test_demo(tmp_path: Path) -> None:
     for domain in ("render", "camera"):
         for split in ("train", "val"):
             image(tmp_path / domain / split / "images/0.png")
             ids(tmp_path / domain / split / "labels/0.png", CAR)
-    render, camera = demo_datasets(tmp_path)
+    render, camera = locate_demo(tmp_path)
     labelled = {
         dataset.name: [pair.label is not None for pair in find_pairs(dataset.root, dataset.splits).pairs]
         for dataset in (render, camera)
     }
     assert labelled == {"demo-render": [True, True], "demo-camera": [False, True]}
+
+
+def test_train_id_files_are_read_as_they_are() -> None:
+    assert list(TRAIN_ID_LABELS.table[:19]) == list(range(19))
+    assert set(TRAIN_ID_LABELS.table[19:]) == {IGNORE}
+
+
+def test_every_known_name_is_a_published_dataset() -> None:
+    assert tuple(BY_NAME) == PUBLISHED_NAMES
 
 
 @pytest.mark.parametrize("name", sorted(BY_NAME))

@@ -1,0 +1,91 @@
+"""Checking and converting pairs, and what the journal keeps of it."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cluda_cli.data.labels import CITYSCAPES, ClassTable, build_id_table
+from cluda_cli.errors import DataError
+from cluda_cli.preparation import conversion
+from cluda_cli.preparation.conversion import Conversion, Outcome, convert, format_line, hash_pair, read_journal, run_all
+from cluda_cli.preparation.label_files import IdLabels
+from cluda_cli.preparation.pairing import Pair, Split
+from cluda_cli.preparation.problems import Kind, Problem
+from cluda_cli.preparation.published import Dataset
+
+PAIR = Pair("train", "a", "a.png", "a_label.png")
+READER = IdLabels(tuple(build_id_table([(5, 0), (6, 1)])), (5, 6))
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    """One image, 2 x 3, with label ids 5 and 6."""
+    Image.new("RGB", (3, 2)).save(tmp_path / "a.png")
+    Image.fromarray(np.array([[5, 5, 6], [6, 6, 6]], dtype=np.uint8)).save(tmp_path / "a_label.png")
+    return Dataset("town", tmp_path, ClassTable(CITYSCAPES[:2]), READER, (Split("train", "?.png", "?_label.png"),))
+
+
+def test_a_good_pair_gives_a_train_id_map_and_its_statistics(dataset: Dataset) -> None:
+    output = dataset.root / "out" / "a.png"
+    assert convert(Conversion(dataset.root, READER, PAIR, output)) == Outcome((2, 3), {0: 2, 1: 4}, ())
+    with Image.open(output) as image:
+        assert np.asarray(image).tolist() == [[0, 0, 1], [1, 1, 1]]
+
+
+def test_a_bad_pair_gives_its_problem_and_no_map(dataset: Dataset) -> None:
+    output = dataset.root / "out" / "a.png"
+    Image.new("RGB", (4, 2)).save(dataset.root / "a.png")
+    outcome = convert(Conversion(dataset.root, READER, PAIR, output))
+    assert outcome.is_bad and not output.exists()
+    assert outcome.problems == (Problem(Kind.SIZE, "a_label.png", "3 x 2, image 4 x 2"),)
+
+
+def test_both_files_of_a_pair_are_checked(dataset: Dataset) -> None:
+    for name in ("a.png", "a_label.png"):
+        (dataset.root / name).write_bytes(b"")
+    outcome = convert(Conversion(dataset.root, READER, PAIR, None))
+    assert [(p.kind, p.file) for p in outcome.problems] == [
+        (Kind.UNREADABLE, "a.png"), (Kind.UNREADABLE, "a_label.png")
+    ]  # fmt: skip
+
+
+def test_the_key_changes_with_the_files_and_the_reader(dataset: Dataset) -> None:
+    keys = [hash_pair(dataset, PAIR)]
+    assert hash_pair(dataset, PAIR) == keys[0]
+    os.utime(dataset.root / "a_label.png", (1, 1))
+    keys.append(hash_pair(dataset, PAIR))
+    keys.append(hash_pair(dataset, dataclasses.replace(PAIR, stem="b")))
+    keys.append(hash_pair(dataclasses.replace(dataset, reader=dataclasses.replace(READER, known=(5,))), PAIR))
+    (dataset.root / "a.png").unlink()
+    keys.append(hash_pair(dataset, PAIR))
+    assert len(set(keys)) == 5
+
+
+def test_the_journal_keeps_whole_lines_only(tmp_path: Path) -> None:
+    good = Outcome((2, 3), {0: 2, 18: 4}, ())
+    bad = Outcome((0, 0), {}, (Problem(Kind.UNREADABLE, "b.png", "cut"),))
+    lines = [format_line("a", good), "[]\n", "null\n", format_line("b", bad), format_line("c", good)[:-9]]
+    (tmp_path / "journal.jsonl").write_text("".join(lines))
+    assert read_journal(tmp_path / "journal.jsonl") == {"a": good, "b": bad}
+    assert read_journal(tmp_path / "none.jsonl") == {}
+
+
+def test_a_scan_names_files_and_changes_with_them(dataset: Dataset) -> None:
+    folder = dataset.root / "prepared"
+    scan = conversion.scan_files(dataset, folder)
+    assert list(scan.keys.values()) == [PAIR]
+    assert scan.label_path(PAIR) == folder / "labels" / "train" / "a.png"
+    os.utime(dataset.root / "a.png", (1, 1))
+    assert conversion.scan_files(dataset, folder).inputs != scan.inputs
+    with pytest.raises(DataError, match=r"no images match \*\.jpg"):
+        conversion.scan_files(dataclasses.replace(dataset, splits=(Split("train", "*.jpg"),)), folder)
+
+
+def test_few_tasks_or_one_worker_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion, "ProcessPoolExecutor", None)
+    assert list(run_all(abs, [-1, 2, -3], workers=8)) == [1, 2, 3]
+    assert list(run_all(abs, list(range(-99, 0)), workers=1)) == list(range(99, 0, -1))

@@ -126,7 +126,7 @@ def test_named_options_lie_between_presets_and_overrides(monkeypatch, tmp_path):
     arguments += ["--data-root", str(tmp_path), "--steps", "9", "--device", "cpu", "--set", "training.steps=8"]
     assert run(app, arguments).exit_code == 0
     settings = seen["s"]
-    assert (settings.data.source, settings.data.target, settings.data.root) == ("synthia", "acdc", tmp_path)
+    assert (settings.data.source, settings.data.target, settings.data.root) == (("synthia",), "acdc", tmp_path)
     assert (settings.training.seed, settings.training.steps, settings.training.device) == (5, 8, "cpu")
     assert (settings.teacher.decay, settings.data.crop) == (0.99, (240, 320))
     assert (seen["f"], seen["resume"], seen["overwrite"]) == (Path("runs/dacs-small"), False, False)

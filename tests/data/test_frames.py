@@ -12,6 +12,7 @@ from cluda_cli.data.cache import Box, Cache
 from cluda_cli.data.frames import Frames
 from cluda_cli.data.index import Index
 from cluda_cli.data.sampling import Crop
+from cluda_cli.data.transforms import read_image, resize_image
 from cluda_cli.errors import DataError
 
 Store = Callable[..., Cache]
@@ -40,6 +41,13 @@ def test_sizes_fit_the_box(noise_index: Index) -> None:
     sizes = [frames.size(item) for item in noise_index.split("train")]
     assert sizes == [(33, 50), (33, 50), (46, 40)]
     assert [tuple(frames.label(item).shape) for item in noise_index.split("train")] == sizes
+
+
+def test_a_crop_is_cut_from_the_resized_image(noise_index: Index) -> None:
+    item, crop = noise_index.split("train")[0], CROPS[1]
+    whole = resize_image(read_image(noise_index.image_path(item)), (33, 50))
+    expected = whole[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    assert torch.equal(Frames(noise_index, (40, 50)).image(item, crop), expected)
 
 
 def test_what_the_cache_lacks_is_decoded(noise_index: Index, store_noise: Store) -> None:

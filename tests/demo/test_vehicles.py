@@ -34,6 +34,15 @@ def test_a_vehicle_is_long_from_the_side_and_small_in_the_distance(
     assert width(20, math.pi) > 0.8 * width(20, 0)  # also seen from the front
 
 
+@pytest.mark.parametrize(("heading", "lamp"), [(0.0, "rear lamp"), (math.pi, "head lamp")])
+def test_lamps_are_seen_from_their_own_side_only(brush: Brush, heading: float, lamp: str) -> None:
+    pure = {"rear lamp": ((255, 0, 0),), "head lamp": ((0, 0, 255),)}
+    draw_car(Brush(brush.canvas, brush.random, {**brush.palette, **pure}), 0.0, 12.0, heading)
+    looks = [look.color for look in brush.canvas.finish().looks]
+    of_lamps = {name for name, color in (("rear lamp", 0), ("head lamp", 2)) for c in looks if c[color] and not c[1]}
+    assert of_lamps == {lamp}
+
+
 def test_a_box_is_shorter_and_narrower_at_the_top() -> None:
     box = make_box(2.0, 0.5, 1.5, -3.0, 3.0, rake=(0.5, 1.0), lean=0.25)
     assert box["top"] == [(-0.75, 1.5, -2.5), (0.75, 1.5, -2.5), (0.75, 1.5, 2.0), (-0.75, 1.5, 2.0)]

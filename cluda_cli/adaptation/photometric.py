@@ -12,13 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluda_cli import settings
-from cluda_cli.data.transforms import denormalise, normalise
 from cluda_cli.distributed import collectives
+from cluda_cli.models.normalisation import Normalisation
 
 NEGLIGIBLE = 1e-12  # blur weights below this share of the central one are left out
 
 
-def strong_augment(image: Tensor, mixing: settings.Mixing, generator: torch.Generator) -> Tensor:
+def strong_augment(
+    image: Tensor, normalisation: Normalisation, mixing: settings.Mixing, generator: torch.Generator
+) -> Tensor:
     """Jitter and blur normalised images (B 3 H W); whether to is decided for the batch, how much for each image.
 
     Every number is drawn whether used or not, so that one probability does not change what the other one decides, and
@@ -33,7 +35,7 @@ def strong_augment(image: Tensor, mixing: settings.Mixing, generator: torch.Gene
     offset, order, sigma = (collectives.local_rows(drawn) for drawn in (offset, order, sigma))
     if jitter > 1 - mixing.jitter_probability:
         factors = offset + torch.tensor([1.0, 1.0, 1.0, 0.0])
-        image = normalise(255 * color_jitter(denormalise(image), factors, order))
+        image = normalisation.apply(255 * color_jitter(normalisation.invert(image), factors, order))
     if blur > 1 - mixing.blur_probability:
         image = gaussian_blur(image, sigma)
     return image

@@ -13,9 +13,8 @@ from cluda_cli.adaptation.masking import block_mask
 from cluda_cli.adaptation.mixing import choose_classes, class_mask, class_mix
 from cluda_cli.adaptation.photometric import strong_augment
 from cluda_cli.adaptation.teacher import Teacher
-from cluda_cli.data.batch import Batch
+from cluda_cli.data.batch import Batch, Crops
 from cluda_cli.data.labels import IGNORE
-from cluda_cli.data.transforms import normalise
 from cluda_cli.distributed import collectives
 from cluda_cli.models.boxes import Boxes
 from cluda_cli.models.segmenter import Output
@@ -67,6 +66,7 @@ class Scene:
 
     def __init__(self, batch: Batch, teacher: Teacher, seed: int, step: int) -> None:
         self.batch, self.teacher, self.seed, self.step = batch, teacher, seed, step
+        self.normalisation = teacher.network.normalisation
 
     def generator(self, purpose: str) -> torch.Generator:
         """A generator on the CPU that only (seed, purpose, step) decides."""
@@ -82,7 +82,7 @@ class Scene:
         """The target with pseudo-labels."""
         crops = self.batch["target"]
         assert crops.valid is not None
-        image = normalise(crops.image) * crops.inside[:, None]
+        image = self._normalise(crops)
         with span("teacher"):
             return Domain(image, *self.teacher.pseudo_labels(image, crops.valid))
 
@@ -92,7 +92,15 @@ class Scene:
         assert crops.label is not None
         label = crops.label.long()
         certain = torch.ones_like(label, dtype=torch.float32)
-        return Domain(normalise(crops.image) * crops.inside[:, None], label, certain, certain)
+        return Domain(self._normalise(crops), label, certain, certain)
+
+    def augment(self, image: Tensor, mixing: settings.Mixing, generator: torch.Generator) -> Tensor:
+        """Jitter and blur normalised images B 3 H W."""
+        return strong_augment(image, self.normalisation, mixing, generator)
+
+    def _normalise(self, crops: Crops) -> Tensor:
+        """Images as the encoder wants them, 0 on padding.  # B 3 H W"""
+        return self.normalisation.apply(crops.image) * crops.inside[:, None]
 
     def view(self, name: str, shown: Domain) -> View:
         """A view of a domain, with a detail crop of its own where the network has two resolutions."""
@@ -126,7 +134,7 @@ class MakeMixed:
         generator, source, target = scene.generator("mixing"), scene.source, scene.target
         pasted = class_mask(source.label, choose_classes(source.label, generator))  # B H W
         image, label, weight = class_mix(source.image, source.label, target.image, target.label, target.weight, pasted)
-        image = strong_augment(image, self.mixing, generator)
+        image = scene.augment(image, self.mixing, generator)
         view = scene.view("mixed", Domain(image, label, weight, target.probability.masked_fill(pasted, 1.0)))
         start, valid = self.mixing.uncertain_detail_from, scene.batch["target"].valid
         if start is not None and scene.step >= start:
@@ -150,7 +158,7 @@ class MakeMasked:
         size = (shown.image.shape[2], shown.image.shape[3])
         visible = block_mask(len(shown.image), size, masking.block_pixels(size), masking.ratio, generator)
         if masking.augment:
-            shown = replace(shown, image=strong_augment(shown.image, self.mixing, generator))
+            shown = replace(shown, image=scene.augment(shown.image, self.mixing, generator))
         if masking.with_source:
             pairs = zip(vars(scene.source).values(), vars(shown).values(), strict=True)
             shown = Domain(*(_first_halves(*pair) for pair in pairs))

@@ -1,4 +1,4 @@
-"""Decode, resize, crop and normalise: the pixels of one image. H W original size, h w resized, B batch.
+"""Decode, resize and crop: the pixels of one image. H W original size, h w resized.
 
 Resizing follows OpenCV, as the published results do: INTER_LINEAR for images (half-pixel centres, clamped edges, no
 antialiasing) and INTER_NEAREST for labels. Both can compute a region of the resized frame and read only its pixels.
@@ -15,23 +15,7 @@ from torch import Tensor
 
 from cluda_cli.errors import DataError
 
-# Statistics of ImageNet that pretrained encoders expect, RGB, for pixels in 0..255.
-MEAN = torch.tensor([123.675, 116.28, 103.53])
-STD = torch.tensor([58.395, 57.12, 57.375])
-
 BAND = 32  # rows resized at once: their float32 copies stay in a CPU's cache
-
-
-def normalise(image: Tensor) -> Tensor:
-    """uint8 [B] 3 H W -> float32 of zero mean and unit variance over ImageNet, on the same device."""
-    mean, scale = (c.to(image.device, non_blocking=True)[:, None, None] for c in (MEAN, 1 / STD))
-    return (image.float() - mean) * scale
-
-
-def denormalise(image: Tensor) -> Tensor:
-    """The inverse of `normalise`, but in 0..1: float32 [B] 3 H W. Rounding may leave the range by 1e-7."""
-    mean, std = (c.to(image.device, non_blocking=True)[:, None, None] for c in (MEAN / 255, STD / 255))
-    return image * std + mean
 
 
 def read_image(path: Path) -> Tensor:

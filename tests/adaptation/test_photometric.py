@@ -22,7 +22,7 @@ from cluda_cli.adaptation.photometric import (
     rgb_to_hsv,
     strong_augment,
 )
-from cluda_cli.data.transforms import denormalise, normalise
+from cluda_cli.models.normalisation import IMAGENET
 
 ADJUST = {
     "brightness": lambda image, value: adjust_brightness(image, 1 + value),
@@ -124,13 +124,13 @@ def test_blur_ignores_autocast() -> None:
 def test_small_images_can_be_augmented(size: tuple[int, int]) -> None:
     image = torch.zeros(1, 3, *size)
     on = settings.Mixing(jitter_probability=1, blur_probability=1)
-    assert strong_augment(image, on, generator()).shape == image.shape
+    assert strong_augment(image, IMAGENET, on, generator()).shape == image.shape
 
 
 def test_nothing_happens_with_probability_zero() -> None:
     image = torch.randn(2, 3, 40, 40, generator=generator())
     off = settings.Mixing(jitter_probability=0, blur_probability=0)
-    assert all(torch.equal(strong_augment(image, off, generator(s)), image) for s in range(20))
+    assert all(torch.equal(strong_augment(image, IMAGENET, off, generator(s)), image) for s in range(20))
 
 
 def test_batches_are_augmented_as_often_as_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +141,7 @@ def test_batches_are_augmented_as_often_as_set(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(f"{module}.{operation}", note)
     mixing = settings.Mixing(jitter_probability=0.8, blur_probability=0.5)
     for seed in range(1000):
-        strong_augment(torch.zeros(2, 3, 1, 1), mixing, generator(seed))
+        strong_augment(torch.zeros(2, 3, 1, 1), IMAGENET, mixing, generator(seed))
     assert all(count == 2 for _, _, count in seen)  # decided for the batch
     jittered, blurred = ({s for s, name, _ in seen if name == n} for n in ("color_jitter", "gaussian_blur"))
     # Within four standard deviations; 0.4 = 0.8 * 0.5, the two are independent.
@@ -154,8 +154,10 @@ def test_one_probability_does_not_change_what_the_other_draws() -> None:
     jittered = settings.Mixing(jitter_probability=1, blur_probability=0)
     both = settings.Mixing(jitter_probability=1, blur_probability=1)
     blurred = settings.Mixing(jitter_probability=0, blur_probability=1)
-    once = strong_augment(image, jittered, generator())
-    torch.testing.assert_close(strong_augment(image, both, generator()), strong_augment(once, blurred, generator()))
+    once = strong_augment(image, IMAGENET, jittered, generator())
+    torch.testing.assert_close(
+        strong_augment(image, IMAGENET, both, generator()), strong_augment(once, IMAGENET, blurred, generator())
+    )
 
 
 def test_draws_cover_their_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +168,7 @@ def test_draws_cover_their_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"{module}.gaussian_blur", lambda image, s: sigmas.append(s) or image)
     mixing = settings.Mixing(jitter_probability=1, blur_probability=1, jitter_strength=0.3, blur_sigma=(0.5, 2.0))
     for seed in range(200):
-        strong_augment(torch.zeros(2, 3, 4, 4), mixing, generator(seed))
+        strong_augment(torch.zeros(2, 3, 4, 4), IMAGENET, mixing, generator(seed))
     factors = torch.cat([f for f, _ in drawn])  # 400 4
     low, high = torch.tensor([0.7, 0.7, 0.7, -0.3]), torch.tensor([1.3, 1.3, 1.3, 0.3])
     assert torch.all(factors >= low) and torch.all(factors <= high)
@@ -212,7 +214,7 @@ def test_jitter_as_the_reference(golden: Any, dtype: torch.dtype) -> None:
         order = torch.tensor(p["order"]).expand(len(factors), 4)
         results[case["name"]] = (color_jitter((image * std + mean) / 255, factors, order) * 255 - mean) / std
         if dtype == torch.float32:
-            ours = normalise(255 * color_jitter(denormalise(image), factors, order))
+            ours = IMAGENET.apply(255 * color_jitter(IMAGENET.invert(image), factors, order))
             torch.testing.assert_close(ours, results[case["name"]], rtol=0, atol=2e-5)
     assert_within(results, tensors, description)
 

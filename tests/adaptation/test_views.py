@@ -13,8 +13,8 @@ from cluda_cli import settings
 from cluda_cli.adaptation.teacher import PseudoLabels, label_logits
 from cluda_cli.adaptation.views import Scene, View
 from cluda_cli.data.batch import Batch, Crops, to_device
-from cluda_cli.data.transforms import normalise
 from cluda_cli.models.boxes import Boxes, random_boxes
+from cluda_cli.models.normalisation import IMAGENET
 from cluda_cli.objectives import build_makers
 
 PLAIN = settings.Mixing(jitter_probability=0, blur_probability=0)
@@ -25,11 +25,15 @@ ALL = frozenset({"source", "mixed", "masked"})
 
 
 class OneResolution:
+    normalisation = IMAGENET
+
     def draw_boxes(self, *_: object) -> None:
         return None
 
 
 class TwoResolutions:
+    normalisation = IMAGENET
+
     def draw_boxes(self, count: int, image: tuple[int, int], generator: torch.Generator) -> Boxes:
         return random_boxes(count, image, (8, 8), 1, generator)
 
@@ -94,7 +98,7 @@ def equal(first: View, second: View) -> bool:
 def test_source_view_is_the_normalised_batch_with_zero_padding(batch: Batch) -> None:
     view = views_of(batch)["source"]
     inside = batch["source"].inside[:, None].expand(-1, 3, -1, -1)
-    assert torch.equal(view.image[inside], normalise(batch["source"].image)[inside])
+    assert torch.equal(view.image[inside], IMAGENET.apply(batch["source"].image)[inside])
     assert torch.all(view.image[~inside] == 0)
     assert torch.equal(view.label, batch["source"].label.long()) and view.label.dtype == torch.int64
     assert torch.all(view.weight == 1) and view.weight.dtype == torch.float32
@@ -116,7 +120,7 @@ def test_every_mixed_pixel_is_wholly_of_the_source_or_of_the_target(batch: Batch
 def test_teacher_sees_target_images_with_zero_padding(batch: Batch) -> None:
     teacher = StubTeacher()
     views_of(batch, STRONG, teacher=teacher)
-    expected = normalise(batch["target"].image) * batch["target"].inside[:, None]
+    expected = IMAGENET.apply(batch["target"].image) * batch["target"].inside[:, None]
     assert len(teacher.seen) == 1 and torch.equal(teacher.seen[0], expected)
     assert torch.all(teacher.seen[0][1, :, :, 28:] == 0)
 

@@ -18,8 +18,8 @@ from cluda_cli.commands.train import train
 from cluda_cli.data.index import find
 from cluda_cli.data.streams import Steps
 from cluda_cli.distributed.launch import _exit_code
+from cluda_cli.engine.state_file import load_state
 from cluda_cli.errors import DataError, EnvironmentProblem
-from cluda_cli.inference.weights_file import load_state
 
 ROOT = str(Path(cluda_cli.__file__).parents[1])
 DEVICES = ("-m", "cluda_cli")

@@ -25,10 +25,10 @@ from cluda_cli.adaptation.mixing import choose_classes
 from cluda_cli.adaptation.photometric import strong_augment
 from cluda_cli.data.batch import Batch, Crops
 from cluda_cli.data.index import find
-from cluda_cli.data.transforms import normalise
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.step import training_step
 from cluda_cli.models.encoders import build_encoder
+from cluda_cli.models.normalisation import IMAGENET
 from cluda_cli.models.segmenter import Output
 from cluda_cli.seeds import derive_seed
 from cluda_cli.settings import Settings
@@ -140,8 +140,8 @@ class PlainRun:
 
     def views(self, batch: Batch, step: int) -> dict[str, Shown]:
         s, count, label = self.s, len(batch["source"].label), batch["source"].label.long()
-        source = normalise(batch["source"].image) * batch["source"].inside[:, None]
-        target = normalise(batch["target"].image) * batch["target"].inside[:, None]
+        source = IMAGENET.apply(batch["source"].image) * batch["source"].inside[:, None]
+        target = IMAGENET.apply(batch["target"].image) * batch["target"].inside[:, None]
         probability = resize(self.teacher_logits(target), s.data.crop).softmax(dim=1)
         share = (probability.amax(dim=1) >= s.teacher.confidence).double().mean()
         assert 0.05 < share < 0.95
@@ -155,7 +155,7 @@ class PlainRun:
         image = mask[:, None] * source + (1 - mask[:, None]) * target
         anywhere = s.mixing.uncertain_detail_from is None or step < s.mixing.uncertain_detail_from
         views["mixed"] = Shown(
-            strong_augment(image, s.mixing, generator), mask * label + (1 - mask) * pseudo,
+            strong_augment(image, IMAGENET, s.mixing, generator), mask * label + (1 - mask) * pseudo,
             mask * sure + (1 - mask) * weight, self.one_place("mixed", count, step) if anywhere else None,
         )  # fmt: skip
 
@@ -164,7 +164,7 @@ class PlainRun:
             block = s.masking.block
             drawn = torch.rand(count, 1, *(side // block for side in s.data.crop), generator=generator)
             visible = (drawn > s.masking.ratio).repeat_interleave(block, 2).repeat_interleave(block, 3)
-            image = strong_augment(target, s.mixing, generator) if s.masking.augment else target
+            image = strong_augment(target, IMAGENET, s.mixing, generator) if s.masking.augment else target
             if s.masking.with_source:  # one of the two images of either domain
                 image, pseudo = torch.cat([source[:1], image[:1]]), torch.cat([label[:1], pseudo[:1]])
                 weight = torch.cat([sure[:1], weight[:1]])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cluda_cli import settings
-from cluda_cli.data.transforms import fit_box, normalise, resize_image
+from cluda_cli.data.transforms import fit_box, resize_image
 from cluda_cli.inference import sliding as inference
 from cluda_cli.inference.prefetch import HostCopy
 from cluda_cli.inference.sliding import (
@@ -85,7 +85,7 @@ def test_whole_image_is_resized_padded_and_brought_back(
     network: Tiny, size: tuple[int, int], box: tuple[int, int] | None
 ) -> None:
     image = noise(*size)
-    resized = normalise(resize_image(image, fit_box(size, box)))
+    resized = IMAGENET.apply(resize_image(image, fit_box(size, box)))
     expected = resize(padded_logits(network, resized[None]), size)[0]
     found = image_logits(network, image, box, WHOLE)
     assert found.shape == (K, *size) and found.dtype == torch.float32
@@ -95,7 +95,7 @@ def test_whole_image_is_resized_padded_and_brought_back(
 def test_padding_does_not_change_an_image_that_needs_none(network: Tiny) -> None:
     image = noise(40, 56)
     with torch.no_grad():
-        direct = resize(network(normalise(image)[None]).logits, (40, 56))[0]
+        direct = resize(network(IMAGENET.apply(image)[None]).logits, (40, 56))[0]
     torch.testing.assert_close(image_logits(network, image, None, WHOLE), direct, rtol=0, atol=1e-5)
 
 
@@ -116,7 +116,7 @@ def test_one_window_over_the_image_equals_the_whole_image(network: Tiny, window:
 )
 def test_overlapping_windows_are_averaged(network: Tiny, size: tuple[int, int], corners: list[tuple[int, int]]) -> None:
     image, (high, wide) = noise(*size), (min(24, size[0]), 32)
-    pixels, total, cover = normalise(image), torch.zeros(K, *size), torch.zeros(size)
+    pixels, total, cover = IMAGENET.apply(image), torch.zeros(K, *size), torch.zeros(size)
     for y, x in corners:
         total[:, y : y + high, x : x + wide] += padded_logits(network, pixels[None, :, y : y + high, x : x + wide])[0]
         cover[y : y + high, x : x + wide] += 1
@@ -225,7 +225,7 @@ def grid(rows: list[int], columns: list[int]) -> list[tuple[int, int]]:
 )
 def test_two_resolutions_of_a_whole_image(size: tuple[int, int], corners: list[tuple[int, int]]) -> None:
     network, image = two_resolutions(), noise(*size)
-    expected = fused(network, normalise(image), corners)
+    expected = fused(network, IMAGENET.apply(image), corners)
     found = image_logits(network, image, None, WHOLE)
     assert found.shape == (K, *size) and expected.std() > 0.1
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
@@ -244,7 +244,9 @@ def test_two_resolutions_in_sliding_windows(
     network, image, (high, wide) = two_resolutions(), noise(150, 130), window
     total, cover = torch.zeros(K, 150, 130), torch.zeros(150, 130)
     for y, x in grid(*starts):
-        total[:, y : y + high, x : x + wide] += fused(network, normalise(image)[:, y : y + high, x : x + wide], corners)
+        total[:, y : y + high, x : x + wide] += fused(
+            network, IMAGENET.apply(image)[:, y : y + high, x : x + wide], corners
+        )
         cover[y : y + high, x : x + wide] += 1
     found = image_logits(network, image, None, slide(window, (48, 60)))
     torch.testing.assert_close(found, total / cover, rtol=0, atol=1e-4)

@@ -4,6 +4,8 @@ B batch, H W pixels of the crop. Decisions are drawn on the CPU and sent to the 
 device mixes the same pixels; nothing is read back from the device.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,17 +14,17 @@ from cluda_cli.distributed import collectives
 NUM_IDS = 256  # of labels stored in a byte, IGNORE included
 
 
-def choose_classes(label: Tensor, generator: torch.Generator) -> Tensor:
+def choose_classes(label: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """For every image a random half of the classes in the batch: label (B H W, ids 0..255) -> B 256, bool.
 
-    The classes are those of the joint batch of all processes, IGNORE counts as one, and a half is rounded up. So an
-    image may lose more than half of its own classes; this is how the published results were made (DACS takes the
-    classes of each image).
+    There is one generator for each image. The classes are those of the joint batch of all ranks, IGNORE counts as one,
+    and a half is rounded up. So an image may lose more than half of its own classes; this is how the published results
+    were made (DACS takes the classes of each image).
     """
     present = torch.zeros(NUM_IDS, dtype=torch.bool, device=label.device)
     present.scatter_(0, label.flatten().long(), True)
     present = collectives.all_reduce_any(present)
-    score = collectives.local_rows(torch.rand(collectives.global_count(len(label)), NUM_IDS, generator=generator))
+    score = torch.stack([torch.rand(NUM_IDS, generator=generator) for generator in generators])  # B 256
     score = score.to(label.device, non_blocking=True)
     score = score.masked_fill(~present, torch.inf)
     rank = score.argsort(dim=1, stable=True).argsort(dim=1)  # B 256, 0 = smallest score

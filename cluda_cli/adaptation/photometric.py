@@ -6,33 +6,35 @@ Random numbers are drawn on the CPU, so that every device augments alike; nothin
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cluda_cli import settings
-from cluda_cli.distributed import collectives
 from cluda_cli.models.normalisation import Normalisation
 
 NEGLIGIBLE = 1e-12  # blur weights below this share of the central one are left out
 
 
 def strong_augment(
-    image: Tensor, normalisation: Normalisation, mixing: settings.Mixing, generator: torch.Generator
+    image: Tensor,
+    normalisation: Normalisation,
+    mixing: settings.Mixing,
+    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
 ) -> Tensor:
-    """Jitter and blur normalised images (B 3 H W); whether to is decided for the batch, how much for each image.
+    """Jitter and blur normalised images (B 3 H W).
 
-    Every number is drawn whether used or not, so that one probability does not change what the other one decides, and
-    for the joint batch of all processes, of which each uses its own.
+    `generator` decides for the batch whether to, `generators` decide for each image how much. Every number is drawn
+    whether used or not, so that one probability does not change what the other one decides.
     """
-    count, strength = collectives.global_count(len(image)), mixing.jitter_strength
+    strength, (smallest, largest) = mixing.jitter_strength, mixing.blur_sigma
     jitter, blur = torch.rand(2, generator=generator).tolist()
-    offset = strength * (2 * torch.rand(count, 4, generator=generator) - 1)  # B 4
-    order = torch.stack([torch.randperm(4, generator=generator) for _ in range(count)])  # B 4
-    smallest, largest = mixing.blur_sigma
-    sigma = smallest + (largest - smallest) * torch.rand(count, generator=generator)  # B
-    offset, order, sigma = (collectives.local_rows(drawn) for drawn in (offset, order, sigma))
+    offset = strength * (2 * torch.stack([torch.rand(4, generator=g) for g in generators]) - 1)  # B 4
+    order = torch.stack([torch.randperm(4, generator=g) for g in generators])  # B 4
+    sigma = smallest + (largest - smallest) * torch.stack([torch.rand((), generator=g) for g in generators])  # B
     if jitter > 1 - mixing.jitter_probability:
         factors = offset + torch.tensor([1.0, 1.0, 1.0, 0.0])
         image = normalisation.apply(255 * color_jitter(normalisation.invert(image), factors, order))

@@ -64,13 +64,20 @@ class Scene:
     Its domains are made when they are first asked for, so a step that needs no pseudo-label asks no teacher.
     """
 
-    def __init__(self, batch: Batch, teacher: Teacher, seed: int, step: int) -> None:
-        self.batch, self.teacher, self.seed, self.step = batch, teacher, seed, step
+    def __init__(self, batch: Batch, teacher: Teacher, seed: int, step: int, first: int = 0) -> None:
+        """`first` is the position of the first image of this batch in the joint batch of all ranks."""
+        self.batch, self.teacher, self.seed, self.step, self.first = batch, teacher, seed, step, first
         self.normalisation = teacher.network.normalisation
 
     def generator(self, purpose: str) -> torch.Generator:
-        """A generator on the CPU that only (seed, purpose, step) decides."""
+        """A generator on the CPU for what the joint batch has in common: (seed, purpose, step) decide."""
         return torch.Generator().manual_seed(derive_seed(self.seed, purpose, self.step))
+
+    def generators(self, purpose: str) -> list[torch.Generator]:
+        """A generator on the CPU for each image: (seed, purpose, step, position of the image) decide."""
+        count = len(self.batch["target"].image)
+        seeds = (derive_seed(self.seed, purpose, self.step, self.first + i) for i in range(count))
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
 
     @cached_property
     def source(self) -> Domain:
@@ -94,9 +101,10 @@ class Scene:
         certain = torch.ones_like(label, dtype=torch.float32)
         return Domain(self._normalise(crops), label, certain, certain)
 
-    def augment(self, image: Tensor, mixing: settings.Mixing, generator: torch.Generator) -> Tensor:
-        """Jitter and blur normalised images B 3 H W."""
-        return strong_augment(image, self.normalisation, mixing, generator)
+    def augment(self, image: Tensor, mixing: settings.Mixing, purpose: str) -> Tensor:
+        """Jitter and blur normalised images B 3 H W, with the generators of `purpose`."""
+        generator, generators = self.generator(purpose), self.generators(purpose)
+        return strong_augment(image, self.normalisation, mixing, generator, generators)
 
     def _normalise(self, crops: Crops) -> Tensor:
         """Images as the encoder wants them, 0 on padding.  # B 3 H W"""
@@ -131,10 +139,10 @@ class MakeMixed:
     mixing: settings.Mixing
 
     def __call__(self, scene: Scene) -> View:
-        generator, source, target = scene.generator("mixing"), scene.source, scene.target
-        pasted = class_mask(source.label, choose_classes(source.label, generator))  # B H W
+        source, target = scene.source, scene.target
+        pasted = class_mask(source.label, choose_classes(source.label, scene.generators("mixing")))  # B H W
         image, label, weight = class_mix(source.image, source.label, target.image, target.label, target.weight, pasted)
-        image = scene.augment(image, self.mixing, generator)
+        image = scene.augment(image, self.mixing, "mixed augmentation")
         view = scene.view("mixed", Domain(image, label, weight, target.probability.masked_fill(pasted, 1.0)))
         start, valid = self.mixing.uncertain_detail_from, scene.batch["target"].valid
         if start is not None and scene.step >= start:
@@ -154,11 +162,11 @@ class MakeMasked:
     mixing: settings.Mixing
 
     def __call__(self, scene: Scene) -> View:
-        masking, generator, shown = self.masking, scene.generator("masking"), scene.target
+        masking, shown = self.masking, scene.target
         size = (shown.image.shape[2], shown.image.shape[3])
-        visible = block_mask(len(shown.image), size, masking.block_pixels(size), masking.ratio, generator)
+        visible = block_mask(size, masking.block_pixels(size), masking.ratio, scene.generators("masking"))
         if masking.augment:
-            shown = replace(shown, image=scene.augment(shown.image, self.mixing, generator))
+            shown = replace(shown, image=scene.augment(shown.image, self.mixing, "masked augmentation"))
         if masking.with_source:
             pairs = zip(vars(scene.source).values(), vars(shown).values(), strict=True)
             shown = Domain(*(_first_halves(*pair) for pair in pairs))

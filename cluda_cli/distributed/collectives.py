@@ -121,11 +121,6 @@ def local_positions(batch_size: int) -> range:
     return range(rank() * each, (rank() + 1) * each)
 
 
-def global_count(count: int) -> int:
-    """Number of images in the joint batch where each rank has `count`."""
-    return count * world_size()
-
-
 def local_rows(rows: Tensor) -> Tensor:
     """The rows of this rank out of those of the joint batch; world_size * n ... -> n ..."""
     return rows if world_size() == 1 else rows.chunk(world_size())[rank()]

@@ -44,7 +44,8 @@ def training_step(run: Run, batch: Batch) -> StepResult:
     """
     step = run.step
     objectives = {n: o for n, o in run.objectives.items() if step >= o.settings.start and o.settings.weight > 0}
-    scene = Scene(batch, run.teacher, run.settings.training.seed, step)
+    first = collectives.rank() * len(batch["source"].image)
+    scene = Scene(batch, run.teacher, run.settings.training.seed, step, first)
     run.student.train()
     run.optimizer.zero_grad(set_to_none=True)
     terms: dict[str, Tensor] = {}
@@ -52,7 +53,7 @@ def training_step(run: Run, batch: Batch) -> StepResult:
     seen: list[Seen] = []
     for names in join_groups(objectives.values(), list(run.makers)):
         made = [_make_view(run, name, scene, objectives.values()) for name in names]
-        terms |= _learn(run, made, objectives, seen)
+        terms |= _learn(run, made, objectives, seen, first)
         views += made
     gradients = [p.grad for group in run.optimizer.param_groups for p in group["params"] if p.grad is not None]
     collectives.average_gradients(unsharded_only(gradients))
@@ -89,10 +90,13 @@ def _make_view(run: Run, name: str, scene: Scene, objectives: Iterable[Objective
     return view
 
 
-def _learn(run: Run, views: Sequence[View], objectives: Mapping[str, Objective], seen: list[Seen]) -> dict[str, Tensor]:
+def _learn(
+    run: Run, views: Sequence[View], objectives: Mapping[str, Objective], seen: list[Seen], first: int = 0
+) -> dict[str, Tensor]:
     """Add the gradient of the terms of views whose graphs live together, the mean over micro-batches.
 
     Gives the unweighted terms for the log, and appends to `seen`, detached, what the student made of each micro-batch.
+    `first` is the position of the first image in the joint batch.
     """
     size, label = run.settings.training.micro_batch, "+".join(view.name for view in views)
     count = len(views[0].image)
@@ -100,7 +104,7 @@ def _learn(run: Run, views: Sequence[View], objectives: Mapping[str, Objective],
     for start in range(0, count, size or count):
         parts = [view.part(slice(start, start + (size or count))) for view in views]
         share = len(parts[0].image) / count
-        found = {part.name: Seen(_forward(run, part, start), part) for part in parts}
+        found = {part.name: Seen(_forward(run, part, first + start), part) for part in parts}
         values = _measure(run, found, objectives)
         total = torch.stack([objectives[name].settings.weight * value for (name, _), value in values.items()]).sum()
         with span(f"{label}/backward"):
@@ -113,11 +117,13 @@ def _learn(run: Run, views: Sequence[View], objectives: Mapping[str, Objective],
     return terms
 
 
-def _forward(run: Run, view: View, start: int) -> Output:
-    """The student's output. Dropout and stochastic depth know only the global generator, so it is seeded for the
-    images of this view at this position, and so that images at different positions do not lose the same channels."""
-    position = [i for i in (collectives.rank(), start) if i]
-    torch.manual_seed(derive_seed(run.settings.training.seed, f"student {view.name}", run.step, *position))
+def _forward(run: Run, view: View, position: int) -> Output:
+    """The student's output.
+
+    Dropout and stochastic depth know only the global generator. It is seeded by the view and the position of its first
+    image, so that images at different positions do not lose the same channels.
+    """
+    torch.manual_seed(derive_seed(run.settings.training.seed, f"student {view.name}", run.step, position))
     with span(f"{view.name}/forward"), _precision(run):
         return run.forward(view.image, view.boxes)
 

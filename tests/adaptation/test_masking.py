@@ -12,7 +12,8 @@ Size = tuple[int, int]
 
 
 def mask(count: int = 2, size: Size = (64, 96), block: int = 16, ratio: float = 0.7, seed: int = 0) -> Tensor:
-    return block_mask(count, size, block, ratio, torch.Generator().manual_seed(seed))
+    generators = [torch.Generator().manual_seed(100 * seed + i) for i in range(count)]
+    return block_mask(size, block, ratio, generators)
 
 
 @pytest.mark.reference
@@ -22,11 +23,12 @@ def test_masks_of_recorded_draws(golden: Any, monkeypatch: pytest.MonkeyPatch) -
         key, size = case["key"], tuple(case["size"])
         grid = vectors[f"in.{key}.uniform_grid"]
         # The draws of a seed are no contract; these are what the masks were made of.
-        monkeypatch.setattr(torch, "rand", lambda *shape, generator, grid=grid: grid.view(shape))
+        rows = iter(grid.flatten(0, grid.dim() - 3))  # one for each image
+        monkeypatch.setattr(torch, "rand", lambda *shape, generator, rows=rows: next(rows).view(shape))
         found = mask(case["batch"], size, case["block"], case["mask_ratio"])
         assert torch.equal(found, vectors[f"out.{key}.mask"][:, 0].bool()), key
-    grid, image = vectors["in.image_uniform_grid"], vectors["in.image"]
-    monkeypatch.setattr(torch, "rand", lambda *shape, generator: grid.view(shape))
+    rows, image = iter(vectors["in.image_uniform_grid"].flatten(0, -3)), vectors["in.image"]
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator: next(rows).view(shape))
     assert torch.equal(image * mask(2, (40, 56))[:, None], vectors["out.masked_image"])
 
 

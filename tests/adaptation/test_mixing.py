@@ -9,8 +9,8 @@ from torch import Tensor
 from cluda_cli.adaptation.mixing import choose_classes, class_mask, class_mix
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def generators(count: int, seed: int = 0) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(1000 * seed + i) for i in range(count)]
 
 
 def label_of(*images: list[int]) -> Tensor:
@@ -22,7 +22,7 @@ def label_of(*images: list[int]) -> Tensor:
 def test_half_of_the_classes_rounded_up(values: list[int], count: int) -> None:
     label = label_of((values * 4)[:4], [values[0]] * 4)
     for seed in range(20):
-        chosen = choose_classes(label, generator(seed))
+        chosen = choose_classes(label, generators(len(label), seed))
         assert chosen.shape == (2, 256) and chosen.dtype == torch.bool
         assert chosen.sum(dim=1).tolist() == [count, count]
         assert set(chosen.nonzero()[:, 1].tolist()) <= set(values)
@@ -31,14 +31,17 @@ def test_half_of_the_classes_rounded_up(values: list[int], count: int) -> None:
 def test_classes_are_those_of_the_whole_batch() -> None:
     label = label_of([1, 1], [2, 255])
     sets = {
-        tuple(image.nonzero().flatten().tolist()) for s in range(50) for image in choose_classes(label, generator(s))
+        tuple(image.nonzero().flatten().tolist())
+        for s in range(50)
+        for image in choose_classes(label, generators(2, s))
     }
     assert sets == {(1, 2), (1, 255), (2, 255)}
 
 
 def test_every_class_is_chosen_half_the_time_and_images_differ() -> None:
     label = label_of([0, 3, 7], [11, 18, 255])
-    chosen = torch.stack([choose_classes(label, generator(s)) for s in range(2000)])[:, :, label.flatten()].float()
+    drawn = [choose_classes(label, generators(2, s)) for s in range(2000)]
+    chosen = torch.stack(drawn)[:, :, label.flatten()].float()
     assert torch.all((chosen.mean(dim=0) - 0.5).abs() < 0.05)  # 4.5 standard deviations
     first, second = chosen[:, 0], chosen[:, 1]
     assert torch.all(
@@ -48,8 +51,8 @@ def test_every_class_is_chosen_half_the_time_and_images_differ() -> None:
 
 
 def test_choice_does_not_depend_on_how_often_or_where_a_class_occurs() -> None:
-    few = choose_classes(label_of([0, 1, 2, 2], [2, 2, 2, 2]), generator())
-    many = choose_classes(label_of([2, 2, 1, 1], [1, 0, 0, 0]), generator())
+    few = choose_classes(label_of([0, 1, 2, 2], [2, 2, 2, 2]), generators(2))
+    many = choose_classes(label_of([2, 2, 1, 1], [1, 0, 0, 0]), generators(2))
     assert torch.equal(few, many)
 
 
@@ -63,7 +66,7 @@ def test_mask_shows_the_chosen_classes_of_each_image() -> None:
 
 def test_bytes_and_integers_choose_alike() -> None:
     label = label_of([0, 5, 255], [7, 7, 8])
-    assert torch.equal(choose_classes(label, generator()), choose_classes(label.byte(), generator()))
+    assert torch.equal(choose_classes(label, generators(2)), choose_classes(label.byte(), generators(2)))
 
 
 @pytest.mark.reference
@@ -74,7 +77,7 @@ def test_masks_of_recorded_choices(golden: Any) -> None:
         chosen = torch.zeros(2, 256, dtype=torch.bool)
         for image in (0, 1):
             chosen[image, case[f"chosen_classes_image{image}"]] = True
-        assert chosen.sum(dim=1).tolist() == choose_classes(label, generator()).sum(dim=1).tolist()
+        assert chosen.sum(dim=1).tolist() == choose_classes(label, generators(2)).sum(dim=1).tolist()
         expected = tensors[f"out.{case['labels']}.seed{case['numpy_seed']}.mask"][:, 0]
         assert torch.equal(class_mask(label, chosen), expected.bool())
 

@@ -32,6 +32,11 @@ ADJUST = {
 }
 
 
+def augment(image: Tensor, mixing: settings.Mixing, seed: int = 0) -> Tensor:
+    generators = [generator(1000 * (seed + 1) + i) for i in range(len(image))]
+    return strong_augment(image, IMAGENET, mixing, generator(seed), generators)
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -124,13 +129,13 @@ def test_blur_ignores_autocast() -> None:
 def test_small_images_can_be_augmented(size: tuple[int, int]) -> None:
     image = torch.zeros(1, 3, *size)
     on = settings.Mixing(jitter_probability=1, blur_probability=1)
-    assert strong_augment(image, IMAGENET, on, generator()).shape == image.shape
+    assert augment(image, on).shape == image.shape
 
 
 def test_nothing_happens_with_probability_zero() -> None:
     image = torch.randn(2, 3, 40, 40, generator=generator())
     off = settings.Mixing(jitter_probability=0, blur_probability=0)
-    assert all(torch.equal(strong_augment(image, IMAGENET, off, generator(s)), image) for s in range(20))
+    assert all(torch.equal(augment(image, off, s), image) for s in range(20))
 
 
 def test_batches_are_augmented_as_often_as_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +146,7 @@ def test_batches_are_augmented_as_often_as_set(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(f"{module}.{operation}", note)
     mixing = settings.Mixing(jitter_probability=0.8, blur_probability=0.5)
     for seed in range(1000):
-        strong_augment(torch.zeros(2, 3, 1, 1), IMAGENET, mixing, generator(seed))
+        augment(torch.zeros(2, 3, 1, 1), mixing, seed)
     assert all(count == 2 for _, _, count in seen)  # decided for the batch
     jittered, blurred = ({s for s, name, _ in seen if name == n} for n in ("color_jitter", "gaussian_blur"))
     # Within four standard deviations; 0.4 = 0.8 * 0.5, the two are independent.
@@ -154,10 +159,8 @@ def test_one_probability_does_not_change_what_the_other_draws() -> None:
     jittered = settings.Mixing(jitter_probability=1, blur_probability=0)
     both = settings.Mixing(jitter_probability=1, blur_probability=1)
     blurred = settings.Mixing(jitter_probability=0, blur_probability=1)
-    once = strong_augment(image, IMAGENET, jittered, generator())
-    torch.testing.assert_close(
-        strong_augment(image, IMAGENET, both, generator()), strong_augment(once, IMAGENET, blurred, generator())
-    )
+    once = augment(image, jittered)
+    torch.testing.assert_close(augment(image, both), augment(once, blurred))
 
 
 def test_draws_cover_their_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +171,7 @@ def test_draws_cover_their_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"{module}.gaussian_blur", lambda image, s: sigmas.append(s) or image)
     mixing = settings.Mixing(jitter_probability=1, blur_probability=1, jitter_strength=0.3, blur_sigma=(0.5, 2.0))
     for seed in range(200):
-        strong_augment(torch.zeros(2, 3, 4, 4), IMAGENET, mixing, generator(seed))
+        augment(torch.zeros(2, 3, 4, 4), mixing, seed)
     factors = torch.cat([f for f, _ in drawn])  # 400 4
     low, high = torch.tensor([0.7, 0.7, 0.7, -0.3]), torch.tensor([1.3, 1.3, 1.3, 0.3])
     assert torch.all(factors >= low) and torch.all(factors <= high)

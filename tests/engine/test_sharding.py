@@ -17,13 +17,13 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def run(tiny_settings):
-    return Run(tiny_settings, find("clean", tiny_settings.data.root), CPU)
+    return Run(tiny_settings, [find("clean", tiny_settings.data.root)], CPU)
 
 
 def test_one_process_gathers_its_own_state(tiny_settings, run):
     assert gather_optimizer_state(run.optimizer)["state"] == {}  # before the first step AdamW has counted none
     source, target = (find(name, tiny_settings.data.root) for name in ("clean", "noisy"))
-    training_step(run, next(iter(batches(source, target, tiny_settings.data, 0, 0, 1))))
+    training_step(run, next(iter(batches([source], target, tiny_settings.data, 0, 0, 1))))
     for module in (run.student, run.teacher, run.objectives):
         state = gather_model_state(module)
         assert state.keys() == module.state_dict().keys()

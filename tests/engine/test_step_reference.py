@@ -124,7 +124,7 @@ class PlainRun:
         boxes: dict[str, list[Box] | None] = {}
         total = torch.zeros((), dtype=torch.float64)
         for name, shown in self.views(batch, step).items():
-            torch.manual_seed(derive_seed(self.s.training.seed, f"student {name}", step))  # of dropout, for replay
+            torch.manual_seed(derive_seed(self.s.training.seed, f"student {name}", step, 0))  # of dropout, for replay
             seen = self.see(shown)
             boxes[name] = seen.boxes
             for term, value in self.measure(name, seen, shown).items():
@@ -149,27 +149,35 @@ class PlainRun:
         sure = torch.ones_like(weight)
         views = {"source": Shown(source, label, sure, self.one_place("source", count, step))}
 
-        generator = torch.Generator().manual_seed(derive_seed(s.training.seed, "mixing", step))
-        chosen = choose_classes(label, generator)  # B 256
+        chosen = choose_classes(label, self.generators("mixing", count, step))  # B 256
         mask = torch.stack([chosen[i][label[i]] for i in range(count)]).long()  # B H W
         image = mask[:, None] * source + (1 - mask[:, None]) * target
         anywhere = s.mixing.uncertain_detail_from is None or step < s.mixing.uncertain_detail_from
         views["mixed"] = Shown(
-            strong_augment(image, IMAGENET, s.mixing, generator), mask * label + (1 - mask) * pseudo,
+            self.augment(image, "mixed augmentation", step), mask * label + (1 - mask) * pseudo,
             mask * sure + (1 - mask) * weight, self.one_place("mixed", count, step) if anywhere else None,
         )  # fmt: skip
 
         if s.objectives.masked:
-            generator = torch.Generator().manual_seed(derive_seed(s.training.seed, "masking", step))
-            block = s.masking.block
-            drawn = torch.rand(count, 1, *(side // block for side in s.data.crop), generator=generator)
+            block, generators = s.masking.block, self.generators("masking", count, step)
+            grid = [side // block for side in s.data.crop]
+            drawn = torch.stack([torch.rand(1, *grid, generator=generator) for generator in generators])
             visible = (drawn > s.masking.ratio).repeat_interleave(block, 2).repeat_interleave(block, 3)
-            image = strong_augment(target, IMAGENET, s.mixing, generator) if s.masking.augment else target
+            image = self.augment(target, "masked augmentation", step) if s.masking.augment else target
             if s.masking.with_source:  # one of the two images of either domain
                 image, pseudo = torch.cat([source[:1], image[:1]]), torch.cat([label[:1], pseudo[:1]])
                 weight = torch.cat([sure[:1], weight[:1]])
             views["masked"] = Shown(visible * image, pseudo, weight, self.one_place("masked", count, step))
         return views
+
+    def generators(self, purpose: str, count: int, step: int) -> list[torch.Generator]:
+        """One for each image."""
+        seeds = (derive_seed(self.s.training.seed, purpose, step, i) for i in range(count))
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def augment(self, image: Tensor, purpose: str, step: int) -> Tensor:
+        whole = torch.Generator().manual_seed(derive_seed(self.s.training.seed, purpose, step))
+        return strong_augment(image, IMAGENET, self.s.mixing, whole, self.generators(purpose, len(image), step))
 
     def one_place(self, name: str, count: int, step: int) -> list[Box] | None:
         """One random box for all images, on the grid of the context: row, then column."""

@@ -300,7 +300,7 @@ def test_weights_of_a_run_carry_the_normalisation_of_its_encoder(tiny_settings, 
         "objectives": {"feature_distance": False},
     }
     settings = presets.validate(presets.merge(tiny_settings.model_dump(mode="json"), change))
-    run = Run(settings, find("clean", settings.data.root), CPU)
+    run = Run(settings, [find("clean", settings.data.root)], CPU)
     files = RunFolder(tmp_path / "x")
     files.save_best(run)
     assert load_weights(files.best, CPU).network.normalisation.mean == (127.5, 127.5, 127.5)

@@ -28,8 +28,8 @@ NARROW = Variant((8, 8, 20, 32), (1, 1, 1, 2))
 
 def outcome(settings: Settings) -> dict[str, Any]:
     """Two training steps in float64 and a validation: all that must not depend on the number of processes."""
-    source, target = (find(name, settings.data.root) for name in (settings.data.source, settings.data.target))
-    run = Run(settings, [source], torch.device("cpu"))
+    *sources, target = (find(name, settings.data.root) for name in (*settings.data.source, settings.data.target))
+    run = Run(settings, sources, torch.device("cpu"))
     for module in run.objectives.modules():
         if isinstance(module, torch.nn.Dropout2d | torch.nn.BatchNorm2d):
             module.eval()  # masks and batch statistics depend on the rank
@@ -38,7 +38,7 @@ def outcome(settings: Settings) -> dict[str, Any]:
         for module in (run.student, run.teacher, run.objectives):
             module.double()
         mine = collectives.local_positions(settings.data.batch_size)
-        for i, batch in enumerate(batches([source], target, settings.data, 0, 0, 2, positions=mine)):
+        for i, batch in enumerate(batches(sources, target, settings.data, 0, 0, 2, positions=mine)):
             found[f"terms {i}"] = dict(training_step(run, batch).terms)
             found |= {f"{part} {i}": tensors for part, tensors in state(run).items()}
     if not settings.training.shard:  # FSDP2 does not let the type change

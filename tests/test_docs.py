@@ -1,27 +1,23 @@
 """Every command that the README and the pages show is run, in their order, on tiny data."""
 
 import itertools
-import math
+import os
 import re
 import shlex
-from dataclasses import replace
+import shutil
+import subprocess
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from cluda_cli import presets
-from cluda_cli.adaptation.views import View
 from cluda_cli.cli import app
-from cluda_cli.data.labels import CITYSCAPES, IGNORE
+from cluda_cli.data.labels import CITYSCAPES
 from cluda_cli.demo.dataset import make_demo
-from cluda_cli.models.segmenter import Output
 from cluda_cli.preparation.published import PUBLISHED
 
 REPOSITORY = Path(__file__).parent.parent
@@ -37,10 +33,16 @@ TINY = [
 ]
 
 
+def blocks(page: str, language: str) -> list[str]:
+    """The fenced blocks of a language, "" for those without one, in the order of the page."""
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    found = re.findall(r"^```(.*)\n((?:.*\n)*?)```$", text, re.MULTILINE)
+    return [block for name, block in found if name == language]
+
+
 def shown_commands(page: str) -> list[str]:
     """Lines of fenced blocks without a language that begin with `cluda`; continued in the order of the page."""
-    blocks = re.findall(r"^```\n(.*?)^```", (REPOSITORY / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    return [line for block in blocks for line in block.splitlines() if line.startswith("cluda ")]
+    return [line for block in blocks(page, "") for line in block.splitlines() if line.startswith("cluda ")]
 
 
 def table(page: str, heading: str) -> list[list[str]]:
@@ -174,32 +176,39 @@ def test_the_table_of_methods_is_true():
         assert cells == [s.model.encoder, str(s.data.crop[0]), *("on" if part else "-" for part in parts)], name
 
 
-def test_the_worked_example_of_an_objective_is_sound():
-    """The code of adding-an-objective.md: finite, connected, blind to ignored pixels, 0 without any labelled."""
-    page = (DOCS / "how-to" / "adding-an-objective.md").read_text(encoding="utf-8")
-    code = next(
-        block for block in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE) if "forward" in block
-    )
-    names = {
-        "nn": nn,
-        "F": F,
-        "Tensor": Tensor,
-        "Output": Output,
-        "View": View,
-        "IGNORE": IGNORE,
-        "settings": SimpleNamespace(Entropy=None),
-    }
-    exec(code, names)  # noqa: S102  our own page
-    objective = names["Entropy"](None)
-    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
-    label = torch.zeros(2, 8, 8, dtype=torch.long)
-    label[:, :4] = IGNORE
-    view = View("mixed", torch.zeros(2, 3, 8, 8), label, torch.ones(2, 8, 8))
-    value = objective(Output(logits, logits, (), view.image), view)
-    value.backward()
-    assert 0 < value <= math.log(3)
-    assert not logits.grad[:, :, 0].any()
-    assert logits.grad[:, :, 3].any()
-    nothing = objective(Output(logits, logits, (), view.image), replace(view, label=torch.full_like(label, IGNORE)))
-    assert nothing == 0
-    assert nothing.requires_grad
+@pytest.mark.slow
+def test_the_worked_example_of_an_objective_is_sound(tmp_path):
+    """All four blocks of adding-an-objective.md, put where the page says, pass the contract test as it is."""
+    page = "docs/how-to/adding-an-objective.md"
+    section, file, choice = blocks(page, "python")
+    (preset,) = blocks(page, "toml")
+    package = tmp_path / "cluda_cli"
+    shutil.copytree(REPOSITORY / "cluda_cli", package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(REPOSITORY / "presets", tmp_path / "presets")
+    shutil.copy(REPOSITORY / "tests" / "objectives" / "test_contract.py", tmp_path)
+    header = "class Objectives(Section):\n"
+    own_class, _, field = section.partition(header + "    ...\n")
+    insert(package / "settings.py", header, before=own_class)
+    insert(package / "settings.py", "class Optimizer(Section):\n", before=field + "\n\n")
+    (package / "objectives" / "entropy.py").write_text(file, encoding="utf-8")
+    imported, _, condition = choice.partition("\n\n")
+    chooser = package / "objectives" / "__init__.py"
+    insert(chooser, "from torch import nn\n", before=imported + "\n")
+    insert(chooser, "    return nn.ModuleDict(chosen)\n", before=condition)
+    (tmp_path / "entropy.toml").write_text(preset, encoding="utf-8")
+    code = "from cluda_cli import presets; assert presets.load(['entropy.toml']).objectives.entropy.weight == 0.01"
+    contract = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "entropy", "test_contract.py"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    for command in (["-c", code], contract):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) >= 12
+
+
+def insert(path: Path, line: str, *, before: str) -> None:
+    """Put text before the only place where a line stands."""
+    content = path.read_text(encoding="utf-8")
+    assert content.count(line) == 1
+    path.write_text(content.replace(line, before + line), encoding="utf-8")

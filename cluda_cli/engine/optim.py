@@ -20,7 +20,7 @@ def build_optimizer(
     decoder (with its norms and biases), other heads and those of objectives: lr x decoder_lr_factor, decayed weights;
     encoder parameters with "norm" in their name, other layer norms, positions, tokens and scales of transformers: lr,
     not decayed; the rest of the encoder, batch norms of ResNets included: lr, decayed. `fused` updates all parameters
-    of a group in one kernel, and leaves them alone where the optimizer's `found_inf`, a scalar on their device, is 1.
+    of a group in one kernel.
     """
     encoder, norm, decoder = [], [], []
     layers = [module for module in student.modules() if isinstance(module, nn.LayerNorm)]

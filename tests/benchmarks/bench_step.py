@@ -48,7 +48,7 @@ def plain_contrast(_run: Run) -> contextlib.AbstractContextManager[Any]:
     bench = _sibling("bench_contrast")
     kernel = "cluda_cli.objectives.pixel_contrast."
     stack = contextlib.ExitStack()
-    for name, form in (("contrast", bench.plain), ("multires_contrast", bench.plain_multires)):
+    for name, form in (("tiled_contrast", bench.plain), ("multires_contrast", bench.plain_multires)):
         stack.enter_context(patch(kernel + name, form))
     return stack
 
@@ -66,16 +66,11 @@ def average_one_by_one(_run: Run) -> contextlib.AbstractContextManager[Any]:
     """A loop over the teacher's parameters."""
 
     @torch.no_grad()
-    def update(self: Teacher, student: torch.nn.Module, step: int, _wanted: Tensor | None = None) -> None:
+    def update(self: Teacher, student: torch.nn.Module, step: int) -> None:
         for own, other in zip(self.network.parameters(), student.parameters(), strict=True):
             own.lerp_(other, 1 - ema_decay(step, self.decay))
 
     return patch.object(Teacher, "update", update)
-
-
-def look_at_once(run: Run) -> contextlib.AbstractContextManager[Any]:
-    """Wait for the losses of every step."""
-    return patch.object(run, "looks_later", False)
 
 
 @contextlib.contextmanager
@@ -83,11 +78,9 @@ def optimizer_loop(run: Run) -> Iterator[None]:
     """AdamW parameter by parameter."""
     keys = {"fused": False, "foreach": False}
     before = [{key: group[key] for key in keys} for group in run.optimizer.param_groups]
-    with look_at_once(run):
-        run.optimizer.found_inf = None
-        for group in run.optimizer.param_groups:
-            group.update(keys)
-        yield
+    for group in run.optimizer.param_groups:
+        group.update(keys)
+    yield
     for group, values in zip(run.optimizer.param_groups, before, strict=True):
         group.update(values)
 
@@ -99,8 +92,8 @@ def levers(run: Run) -> list[Lever]:
         found.append(Lever("tiled contrast", plain_contrast))
     if isinstance(run.student, MultiResolution):
         found.append(Lever("light heads convolve before resizing", fuse_after_resizing))
-    if run.looks_later:
-        found += [Lever("fused AdamW", optimizer_loop), Lever("losses looked at one step later", look_at_once)]
+    if run.optimizer.param_groups[0]["fused"]:
+        found.append(Lever("fused AdamW", optimizer_loop))
     return found
 
 

@@ -100,7 +100,7 @@ def of_two(form: Callable[..., Tensor]) -> Callable[[Problem], Tensor]:
 
 FORMS = {
     "plain N x N": of_one(plain),
-    "tiled": of_one(contrast),
+    "tiled": of_one(tiled_contrast),
     "plain + detail": of_two(plain_multires),
     "tiled + detail": of_two(multires_contrast),
 }

@@ -190,7 +190,7 @@ def _without_values(settings: Settings, contrast: int) -> Iterator[None]:
         return Boxes(torch.zeros(count, 2, dtype=torch.int64), size)
 
     with ExitStack() as stack:
-        for name in ("contrast", "multires_contrast"):
+        for name in ("tiled_contrast", "multires_contrast"):
             stack.enter_context(mock.patch.object(pixel_contrast, name, block))
         stack.enter_context(mock.patch.object(views, "strong_augment", lambda image, *_: image.clone()))
         stack.enter_context(mock.patch.object(multires, "random_boxes", corner))

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluda_cli import console
-from cluda_cli.objectives.contrast.kernel import multires_contrast
+from cluda_cli.objectives.contrast.kernel import multires_contrast, tiled_contrast
 
 CLASS_SHARES = (0.33, 0.20, 0.13, 0.10, 0.08, 0.05, 0.04, 0.03, 0.02, 0.01, 0.006, 0.004)
 CHANNELS = 256

@@ -16,7 +16,7 @@ import cluda_cli
 from cluda_cli import presets
 from cluda_cli.commands.train import train
 from cluda_cli.data.index import find
-from cluda_cli.data.streams import Steps
+from cluda_cli.data.streams import Steps, draws
 from cluda_cli.distributed.launch import _exit_code
 from cluda_cli.engine.state_file import load_state
 from cluda_cli.errors import DataError, EnvironmentProblem
@@ -105,11 +105,12 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny_settings, tmp_path,
 def break_a_file_of_the_second_process(settings):
     """So that process 1 meets it in the first step, and process 0 does not."""
     source, target = (find(name, settings.data.root) for name in ("clean", "noisy"))
-    first, second = (Steps(source, target, settings.data, settings.training.seed, range(i, i + 1)) for i in (0, 1))
+    drawn, seed = draws([source], target, settings.data), settings.training.seed
+    first, second = (Steps(drawn, seed, range(i, i + 1)) for i in (0, 1))
     for path in sorted((settings.data.root / "noisy" / "train").glob("*.png")):
         content = path.read_bytes()
         path.write_bytes(content[:200])
-        if isinstance(second[0], DataError) and not isinstance(first[0], DataError):
+        if isinstance(second[0, None], DataError) and not isinstance(first[0, None], DataError):
             return path
         path.write_bytes(content)
     raise AssertionError("both draw the same image")

@@ -6,7 +6,7 @@ are averaged once, after the last one (docs/decisions/0009-several-devices.md).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ def join_groups(objectives: Iterable[Objective], order: Sequence[str]) -> list[G
 def _make_view(run: Run, name: str, scene: Scene, objectives: Iterable[Objective]) -> View:
     """A view, as its maker and the objectives that edit it want it; the teacher has the precision of the student."""
     with span("views"), _precision(run):
-        view = run.makers[name](scene)
+        view = replace(run.makers[name](scene), name=name)
         for objective in objectives:
             view = objective.edit(view, scene)
     return view

@@ -1,0 +1,100 @@
+"""A run that starts from another run's weights, and parts that do not learn."""
+
+import pytest
+import torch
+
+from cluda_cli import presets
+from cluda_cli.data.index import find
+from cluda_cli.data.labels import CITYSCAPES, ClassTable, LabelClass
+from cluda_cli.data.streams import batches
+from cluda_cli.engine.run import Run
+from cluda_cli.engine.start import start_from
+from cluda_cli.engine.step import training_step
+from cluda_cli.errors import SettingsError
+from cluda_cli.inference.weights_file import NetworkDescription, save_weights
+from cluda_cli.models.multires import build_segmenter
+
+CPU = torch.device("cpu")
+NAMES = ("car", "sky", "tram")  # of the file, in an order of its own
+
+
+def table(*names):
+    known = {c.name: c for c in CITYSCAPES}
+    return ClassTable(tuple(known.get(name, LabelClass(name, (0, 0, 0), i)) for i, name in enumerate(names)))
+
+
+def changed(settings, tree):
+    return presets.validate(presets.merge(settings.model_dump(mode="json"), tree))
+
+
+def start(settings):
+    source = find("clean", settings.data.root)
+    return Run(settings, [source], CPU)
+
+
+@pytest.fixture
+def weights(tiny_settings, tmp_path):
+    """A file of a network with the classes `NAMES`, and its tensors."""
+    torch.manual_seed(5)
+    network = build_segmenter(tiny_settings.model, tiny_settings.data.crop, len(NAMES))
+    path = tmp_path / "first.safetensors"
+    described = NetworkDescription(
+        settings=tiny_settings, classes=table(*NAMES), seen=NAMES, network_name="student", step=9
+    )
+    save_weights(path, network.state_dict(), described, normalisation=network.normalisation)
+    return path, network.state_dict()
+
+
+def test_the_whole_network_starts_there_with_rows_by_class_name(tiny_settings, weights):
+    path, tensors = weights
+    fresh, run = start(tiny_settings), start(changed(tiny_settings, {"model": {"start": str(path)}}))
+    assert run.start == f"starts from {path}; new classes: road, building, person"
+    names = run.classes.names
+    for network in (run.student, run.teacher.network):
+        for name, tensor in network.state_dict().items():
+            if name.startswith("decoder.conv_seg"):
+                for i, label in enumerate(names):
+                    known = label in NAMES
+                    expected = tensors[name][NAMES.index(label)] if known else fresh.student.state_dict()[name][i]
+                    assert torch.equal(tensor[i], expected), (name, label)
+            else:
+                assert torch.equal(tensor, tensors[name]), name
+
+
+def test_a_resumed_run_does_not_need_the_file(tiny_settings, weights):
+    path, _ = weights
+    settings = changed(tiny_settings, {"model": {"start": str(path)}})
+    state = start(settings).state_dict()
+    path.unlink()
+    run = Run(settings, [find("clean", settings.data.root)], CPU, resumed=True)
+    run.load_state_dict(state)
+    assert all(torch.equal(v, state["student"][k]) for k, v in run.student.state_dict().items())
+
+
+def test_another_network_or_no_common_class_is_refused(tiny_settings, weights):
+    path, _ = weights
+    other = {"model": {"start": str(path), "decoder": {"channels": 4}}}
+    with pytest.raises(SettingsError, match=r"model\.start: holds another network"):
+        start(changed(tiny_settings, other))
+    network = build_segmenter(tiny_settings.model, tiny_settings.data.crop, 2)
+    with pytest.raises(SettingsError, match="knows none of the classes bus, train"):
+        start_from(path, network, table("bus", "train"))
+
+
+@pytest.mark.parametrize("parts", [["encoder"], ["decoder"], ["head"], ["encoder", "decoder"]])
+def test_frozen_parts_do_not_learn_and_the_others_do(tiny_settings, parts):
+    settings = changed(tiny_settings, {"model": {"freeze": parts}, "optimizer": {"warmup": 0}})
+    run = start(settings)
+    before = {name: tensor.clone() for name, tensor in run.student.state_dict().items()}
+    stream = batches([find("clean", settings.data.root)], find("noisy", settings.data.root), settings.data, 0, 0, 1)
+    training_step(run, next(stream))
+    moved = {"encoder": False, "decoder": False, "head": False}
+    for name, tensor in run.student.state_dict().items():
+        part = "encoder" if name.startswith("encoder") else "head" if "conv_seg" in name else "decoder"
+        moved[part] |= not torch.equal(tensor, before[name])
+    assert moved == {part: part not in parts for part in moved}
+
+
+def test_something_has_to_learn(tiny_settings):
+    with pytest.raises(SettingsError, match=r"model\.freeze leaves nothing"):
+        changed(tiny_settings, {"model": {"freeze": ["encoder", "decoder", "head"]}})

@@ -1,0 +1,86 @@
+"""What an objective may do beside its term, seen in whole steps: groups of views, edits, state, laws."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from cluda_cli import presets, settings
+from cluda_cli.adaptation.views import make_target
+from cluda_cli.data.index import find
+from cluda_cli.data.streams import batches
+from cluda_cli.engine.run import Run
+from cluda_cli.engine.step import join_groups, training_step
+from cluda_cli.objectives import build_makers
+from cluda_cli.objectives.objective import Objective
+
+CPU = torch.device("cpu")
+
+
+class Agreement(Objective):
+    """Two views together; counts what it saw, edits the mixed view, asks for one class."""
+
+    reads = (("weak", "strong"),)
+
+    def __init__(self, section):
+        super().__init__(section)
+        self.register_buffer("seen", torch.tensor(0))
+
+    def makers(self):
+        return {"weak": make_target, "strong": make_target}
+
+    def edit(self, view, scene):
+        return replace(view, weight=torch.zeros_like(view.weight)) if view.name == "mixed" else view
+
+    def forward(self, weak, strong):
+        return (weak.output.logits - strong.output.logits - 1).square().mean()
+
+    def update(self, scene, seen):
+        assert all(not output.logits.requires_grad for output, _ in seen)
+        self.seen += len(seen)
+
+    def source_law(self, step):
+        return (1.0, 0.0, 0.0, 0.0, 0.0) if step > 0 else None
+
+
+def start(tiny_settings, micro_batch=None):
+    tree = {"training": {"micro_batch": micro_batch or False}, "data": {"rare_class": {}}}
+    chosen = presets.validate(presets.merge(tiny_settings.model_dump(mode="json"), tree))
+    run = Run(chosen, [find("clean", chosen.data.root)], CPU)
+    run.objectives["agreement"] = Agreement(settings.Objective())
+    run.makers = build_makers(chosen, run.objectives)
+    stream = batches(
+        [find("clean", chosen.data.root)], find("noisy", chosen.data.root), chosen.data, 0, 0, 3,
+        source_law=run.source_law,
+    )  # fmt: skip
+    return run, stream
+
+
+@pytest.mark.parametrize(("micro_batch", "count"), [(None, 4), (1, 8)])
+def test_a_group_has_one_term_and_update_sees_every_view_and_micro_batch(tiny_settings, micro_batch, count):
+    run, stream = start(tiny_settings, micro_batch)
+    result = training_step(run, next(stream))
+    assert result.terms["weak+strong/agreement"] > 0
+    assert [view.name for view in result.views] == ["source", "mixed", "weak", "strong"]
+    assert result.terms["mixed/mixed"] == 0  # edited
+    assert run.objectives["agreement"].seen == count
+    assert run.state_dict()["objectives"]["agreement.seen"] == count
+
+
+def test_the_first_law_is_the_runs(tiny_settings):
+    run, _ = start(tiny_settings)
+    assert run.source_law(0) is None
+    assert run.source_law(1) == (1.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def test_views_that_share_a_group_share_a_graph():
+    class Reads(nn.Module):
+        def __init__(self, *groups):
+            super().__init__()
+            self.reads = groups
+
+    order = ["source", "mixed", "masked", "weak", "strong"]
+    one, other = Reads(("source",), ("strong", "weak")), Reads(("mixed",), ("masked", "weak"))
+    assert join_groups([one, other], order) == [("source",), ("mixed",), ("masked", "weak", "strong")]
+    assert join_groups([Reads()], order) == []

@@ -173,30 +173,30 @@ def test_an_existing_folder_is_refused_unless_told(tiny_settings, tmp_path):
         train(short, tmp_path / "other", overwrite=True)
 
 
-def test_a_broken_loss_stops_with_its_name_and_saves(tiny_settings, tmp_path, monkeypatch):
+def test_a_broken_loss_stops_with_its_name_and_leaves_the_last_save(tiny_settings, tmp_path, monkeypatch):
     from cluda_cli.objectives.cross_entropy import CrossEntropy
 
     honest = CrossEntropy.forward
     calls = []
 
-    def forward(self, output, view):
-        calls.append(view.name)
-        return honest(self, output, view) * (float("inf") if len(calls) > 6 else 1.0)
+    def forward(self, seen):
+        calls.append(seen.view.name)
+        return honest(self, seen) * (float("inf") if len(calls) > 6 else 1.0)
 
     monkeypatch.setattr(CrossEntropy, "forward", forward)
     with pytest.raises(RunError, match="source/source, mixed/mixed is not finite in step 3"):
         train(tiny_settings, tmp_path / "x")
     state = load_state(tmp_path / "x" / "resume" / "state.pt")
-    assert state["step"] == 3
+    assert state["step"] == 2  # saved every second step
     assert all(torch.isfinite(v).all() for v in state["student"].values())
 
 
 def test_other_data_are_refused_on_resume(tiny_settings, tmp_path):
     train(with_training(tiny_settings, steps=1), tmp_path / "x")
     manifest = json.loads((tmp_path / "x" / "manifest.json").read_text())
-    manifest["source"]["fingerprint"] = "0"
+    manifest["sources"][0]["fingerprint"] = "0"
     (tmp_path / "x" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DataError, match="source dataset changed"):
+    with pytest.raises(DataError, match="the dataset clean changed since the run began"):
         train(tiny_settings, tmp_path / "x", resume=True)
 
 

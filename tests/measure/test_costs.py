@@ -3,11 +3,8 @@
 import pytest
 import torch
 
-from cluda_cli.engine.run import Run
 from cluda_cli.measure import costs
 from cluda_cli.measure.costs import MemoryWatch, Spread, largest_batch, step_fits, step_times
-from cluda_cli.measure.synthetic import synthetic_batch, synthetic_source
-from cluda_cli.measure.workload import measurable
 
 CPU = torch.device("cpu")
 
@@ -35,16 +32,6 @@ def test_no_batch_beyond_the_bound_is_tried():
     tried = []
     assert largest_batch(lambda images: tried.append(images) or True, 3, most=20) == 20
     assert tried == [3, 6, 12, 20]
-
-
-@pytest.fixture
-def run(tiny_settings):
-    return Run(measurable(tiny_settings, 1), [synthetic_source()], CPU)
-
-
-@pytest.fixture
-def batch(tiny_settings):
-    return synthetic_batch(tiny_settings.data, 19, torch.Generator().manual_seed(0))
 
 
 def test_a_step_of_another_batch_size_is_tried(run, batch, monkeypatch):

@@ -12,7 +12,7 @@ from cluda_cli import spans
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.step import training_step
 from cluda_cli.measure.spans import OTHER, SpanClock
-from cluda_cli.measure.synthetic import synthetic_batch, synthetic_source
+from cluda_cli.measure.synthetic import synthetic_source
 from cluda_cli.measure.workload import measurable
 from cluda_cli.spans import span
 
@@ -26,16 +26,6 @@ def ticks(monkeypatch):
     steps = itertools.accumulate(itertools.repeat(0), lambda now, _: now + passed["seconds"], initial=0.0)
     monkeypatch.setattr("cluda_cli.measure.spans.time.perf_counter", lambda: next(steps))
     return passed
-
-
-@pytest.fixture
-def run(tiny_settings):
-    return Run(measurable(tiny_settings, 1), [synthetic_source()], CPU)
-
-
-@pytest.fixture
-def batch(tiny_settings):
-    return synthetic_batch(tiny_settings.data, 19, torch.Generator().manual_seed(0))
 
 
 def test_every_span_of_a_step_is_found(run, batch, ticks):

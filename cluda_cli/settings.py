@@ -118,6 +118,15 @@ class DeepLabV2(Section):
     """Dilation of each branch; the paper has 6, 12, 18 and 24, published adaptation results use the first two."""
 
 
+class Pyramid(Section):
+    """A light top-down decoder for small networks and short runs (feature pyramid, arXiv 1612.03144)."""
+
+    channels: int = Field(64, ge=1)
+    """Channels of every level and of the fused feature, which the classifier and the contrast read."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Share of fused channels dropped before the classifier while training."""
+
+
 class MultiResolution(Section):
     """Context and detail: the whole crop at low and a part of it at full resolution (HRDA, arXiv 2204.13132)."""
 
@@ -149,12 +158,20 @@ class Model(Section):
     decoder: Decoder = Decoder()
     deeplab: Optional[DeepLabV2] = None
     """A DeepLabV2 head in place of the decoder; false keeps the decoder."""
+    pyramid: Optional[Pyramid] = None
+    """A light top-down decoder in place of the decoder; false keeps the decoder."""
     multires: Optional[MultiResolution] = None
     """Context and detail resolution; false sees the crop at one resolution."""
     start: Unset[str] = None
     """Weights of a run from which student and teacher start, matched by class name; unset: the encoder's weights."""
     freeze: tuple[Literal["encoder", "decoder", "head"], ...] = ()
     """Parts that do not learn: the encoder, what the decoder fuses, the classifiers that read it."""
+
+    @model_validator(mode="after")
+    def _one_decoder(self) -> "Model":
+        if self.deeplab and self.pyramid:
+            raise ValueError("deeplab and pyramid both replace the decoder; set one of them to false")
+        return self
 
 
 class Teacher(Section):
@@ -164,6 +181,16 @@ class Teacher(Section):
     """Cap of the moving-average decay; the decay rises to it as 1 - 1/(step + 1)."""
     confidence: float = Field(0.968, ge=0, le=1)
     """The weight of pseudo-labels is the share of pixels whose probability is at least this."""
+
+
+class ClassBalance(Section):
+    """Cross-entropy in which ground-truth pixels of rare classes weigh more."""
+
+    exponent: float = Field(0.5, ge=0, le=1)
+    """A pixel weighs its class's frequency in the source to the power of minus this; the mean weight is 1."""
+    correct_pseudo_labels: bool = True
+    """Take the logarithm of the weights from the teacher's logits, which have learned a prior that is tilted by them.
+    Pseudo-labels only; the network that is evaluated and deployed stays as it is."""
 
 
 class Mixing(Section):
@@ -314,6 +341,8 @@ class Settings(Section):
     data: Data = Data()
     model: Model = Model()
     teacher: Teacher = Teacher()
+    class_balance: Optional[ClassBalance] = None
+    """Weights of classes in the cross-entropy; false weighs all pixels alike."""
     mixing: Mixing = Mixing()
     masking: Masking = Masking()
     objectives: Objectives = Objectives()

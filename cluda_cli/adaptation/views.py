@@ -33,10 +33,11 @@ class View:
     probability: Tensor  # B H W, float32, the teacher's probability of the label; 1 on ground truth
     boxes: Boxes | None = None  # where a student of two resolutions looks closely; None: where it is least certain
     pseudo_label: Tensor | None = None  # B H W, int64, of the target images of a mixed view, 255 = no pseudo-label
+    truth: Tensor | None = None  # B H W, bool, where the label is ground truth; None: nowhere
 
     def part(self, images: slice) -> Self:
         """The view of some of its images."""
-        maps = ("image", "label", "weight", "probability", "pseudo_label")
+        maps = ("image", "label", "weight", "probability", "pseudo_label", "truth")
         chosen = {name: None if (value := getattr(self, name)) is None else value[images] for name in maps}
         return replace(self, boxes=self.boxes and self.boxes.part(images), **chosen)
 
@@ -56,6 +57,7 @@ class Domain:
     label: Tensor  # B H W, ground truth or pseudo-label
     weight: Tensor  # B H W
     probability: Tensor  # B H W, as in `View`
+    truth: Tensor  # B H W, bool, as in `View`
 
 
 class Scene:
@@ -99,7 +101,7 @@ class Scene:
         assert crops.label is not None
         label = crops.label.long()
         certain = torch.ones_like(label, dtype=torch.float32)
-        return Domain(self._normalise(crops), label, certain, certain)
+        return Domain(self._normalise(crops), label, certain, certain, torch.ones_like(label, dtype=torch.bool))
 
     def augment(self, image: Tensor, mixing: settings.Mixing, purpose: str) -> Tensor:
         """Jitter and blur normalised images B 3 H W, with the generators of `purpose`."""
@@ -115,7 +117,7 @@ class Scene:
         size = (shown.image.shape[2], shown.image.shape[3])
         boxes = self.teacher.network.draw_boxes(len(shown.image), size, self.generator(f"{name} detail"))
         boxes = boxes and boxes.to(shown.image.device)
-        return View(name, shown.image, shown.label, shown.weight, shown.probability, boxes)
+        return View(name, shown.image, shown.label, shown.weight, shown.probability, boxes, truth=shown.truth)
 
 
 Maker = Callable[[Scene], View]
@@ -143,7 +145,7 @@ class MakeMixed:
         pasted = class_mask(source.label, choose_classes(source.label, scene.generators("mixing")))  # B H W
         image, label, weight = class_mix(source.image, source.label, target.image, target.label, target.weight, pasted)
         image = scene.augment(image, self.mixing, "mixed augmentation")
-        view = scene.view("mixed", Domain(image, label, weight, target.probability.masked_fill(pasted, 1.0)))
+        view = scene.view("mixed", Domain(image, label, weight, target.probability.masked_fill(pasted, 1.0), pasted))
         start, valid = self.mixing.uncertain_detail_from, scene.batch["target"].valid
         if start is not None and scene.step >= start:
             view = replace(view, boxes=None)

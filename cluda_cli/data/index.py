@@ -150,6 +150,24 @@ def joint_classes(sources: Sequence[Index]) -> ClassTable:
     return classes
 
 
+def class_frequencies(sources: Sequence[Index], shares: Sequence[float] | None = None) -> list[float]:
+    """Share of each joint class, by train id, in the labelled pixels of the train splits.
+
+    `shares` are those of the sources' images; None: in proportion to their number. Raises DataError if no source has a
+    labelled pixel.
+    """
+    joint = joint_classes(sources)
+    frequencies = [0.0] * len(joint)
+    for position, source in enumerate(sources):
+        pixels, images = source.class_pixels("train"), len(source.labelled("train"))
+        share = (shares[position] if shares else images) / max(images, 1)
+        for name, count in zip(source.classes.names, pixels, strict=True):
+            frequencies[joint.names.index(name)] += share * count
+    if not any(frequencies):
+        raise DataError("the labels hold no pixel of any class", sources[0].folder, "check its description")
+    return [frequency / sum(frequencies) for frequency in frequencies]
+
+
 def seen_classes(sources: Sequence[Index], split: str = "train") -> tuple[str, ...]:
     """Names of the joint classes that occur in the labels of a split of any source."""
     found = {

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from cluda_cli.adaptation.class_balance import class_weights
 from cluda_cli.adaptation.teacher import Teacher
-from cluda_cli.data.index import Index, joint_classes, seen_classes
+from cluda_cli.data.index import Index, class_frequencies, joint_classes, seen_classes
 from cluda_cli.distributed import collectives
 from cluda_cli.engine.optim import build_optimizer
 from cluda_cli.engine.sharding import (
@@ -44,6 +45,8 @@ class Run:
     ) -> None:
         self.settings, self.device = settings, device
         self.classes, self.seen = joint_classes(sources), seen_classes(sources)
+        balance = settings.class_balance
+        weights = balance and class_weights(class_frequencies(sources, settings.data.source_shares), balance.exponent)
         self.start: str | None = None
         """What `model.start` did, for the user."""
         with torch.random.fork_rng(devices=[]):  # layers initialise themselves from the global generator
@@ -53,7 +56,7 @@ class Run:
             if device.type == "cuda" and settings.training.precision == "bfloat16" and not settings.training.shard:
                 # Tensor cores read channels last; the teacher and the frozen copy inherit it. FSDP2 refuses it.
                 self.student.encoder.to(memory_format=torch.channels_last)
-            self.objectives = build_objectives(settings.objectives, self.student, self.classes)
+            self.objectives = build_objectives(settings.objectives, self.student, self.classes, weights)
         self.makers = build_makers(settings, self.objectives)
         if settings.model.start and not resumed:
             self.start = start_from(Path(settings.model.start), self.student, self.classes)
@@ -66,7 +69,8 @@ class Run:
         self.forward: Callable[[torch.Tensor, Boxes | None], Output] = (
             torch.compile(self.student) if compiled else self.student
         )
-        self.teacher = Teacher(self.student, settings.teacher)
+        corrected = balance and balance.correct_pseudo_labels
+        self.teacher = Teacher(self.student, settings.teacher, weights.to(device) if corrected else None)
         sharded = settings.training.shard and collectives.world_size() > 1
         if sharded:
             shard((self.student, self.teacher.network), self.objectives, device)

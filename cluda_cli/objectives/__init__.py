@@ -1,6 +1,6 @@
 """What is measured on views, one file per method. `build_objectives` chooses, `build_makers` says how views come."""
 
-from torch import nn
+from torch import Tensor, nn
 
 from cluda_cli import settings
 from cluda_cli.adaptation.views import MakeMasked, MakeMixed, Maker, make_source, make_target
@@ -14,19 +14,21 @@ from cluda_cli.objectives.objective import Objective
 from cluda_cli.objectives.pixel_contrast import PixelContrast
 
 
-def build_objectives(s: settings.Objectives, student: Segmenter, classes: ClassTable) -> nn.ModuleDict:
+def build_objectives(
+    s: settings.Objectives, student: Segmenter, classes: ClassTable, class_weights: Tensor | None = None
+) -> nn.ModuleDict:
     """The objectives that the settings switch on, by the name of their section.
 
-    The encoder of `student` must hold its pretrained weights; `classes` are those of the sources. Raises SettingsError
-    for classes that do not exist.
+    The encoder of `student` must hold its pretrained weights; `classes` are those of the sources. `class_weights` (K)
+    are those of ground truth in cross-entropy. Raises SettingsError for classes that do not exist.
     """
     chosen: dict[str, Objective] = {}
     if s.source:
-        chosen["source"] = CrossEntropy(s.source, "source")
+        chosen["source"] = CrossEntropy(s.source, "source", class_weights)
     if s.mixed:
-        chosen["mixed"] = CrossEntropy(s.mixed, "mixed")
+        chosen["mixed"] = CrossEntropy(s.mixed, "mixed", class_weights)
     if s.masked:
-        chosen["masked"] = CrossEntropy(s.masked, "masked")
+        chosen["masked"] = CrossEntropy(s.masked, "masked", class_weights)
     if s.feature_distance:
         chosen["feature_distance"] = FeatureDistance(s.feature_distance, student.encoder, classes)
     if s.pixel_contrast:

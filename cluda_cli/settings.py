@@ -67,6 +67,16 @@ class RareClass(Section):
         return self.min_pixels if self.min_pixels is not None else scaled
 
 
+class ClassBalance(Section):
+    """Cross-entropy in which ground-truth pixels of rare classes weigh more."""
+
+    exponent: float = Field(0.5, ge=0, le=1)
+    """A pixel weighs its class's frequency in the source to the power of minus this; the mean weight is 1."""
+    correct_pseudo_labels: bool = True
+    """Take the logarithm of the weights from the teacher's logits, which have learned a prior that is tilted by them.
+    Pseudo-labels only; the network that is evaluated and deployed stays as it is."""
+
+
 class Data(Section):
     """What is trained on."""
 
@@ -92,6 +102,8 @@ class Data(Section):
     """A source crop is redrawn, up to ten times, while one class covers this share of its labelled pixels or more."""
     rare_class: Optional[RareClass] = RareClass()
     """Rare-class sampling; false draws source images uniformly."""
+    class_balance: Optional[ClassBalance] = None
+    """Class weights in the cross-entropy; false weighs all pixels alike."""
     target_margins: Unset[Margins] = None
     """Top, bottom, left, right bands of the original target frame without pseudo-labels; unset: the dataset's own."""
 
@@ -181,16 +193,6 @@ class Teacher(Section):
     """Cap of the moving-average decay; the decay rises to it as 1 - 1/(step + 1)."""
     confidence: float = Field(0.968, ge=0, le=1)
     """The weight of pseudo-labels is the share of pixels whose probability is at least this."""
-
-
-class ClassBalance(Section):
-    """Cross-entropy in which ground-truth pixels of rare classes weigh more."""
-
-    exponent: float = Field(0.5, ge=0, le=1)
-    """A pixel weighs its class's frequency in the source to the power of minus this; the mean weight is 1."""
-    correct_pseudo_labels: bool = True
-    """Take the logarithm of the weights from the teacher's logits, which have learned a prior that is tilted by them.
-    Pseudo-labels only; the network that is evaluated and deployed stays as it is."""
 
 
 class Mixing(Section):
@@ -341,8 +343,6 @@ class Settings(Section):
     data: Data = Data()
     model: Model = Model()
     teacher: Teacher = Teacher()
-    class_balance: Optional[ClassBalance] = None
-    """Weights of classes in the cross-entropy; false weighs all pixels alike."""
     mixing: Mixing = Mixing()
     masking: Masking = Masking()
     objectives: Objectives = Objectives()

@@ -93,7 +93,8 @@ class Scene:
         assert crops.valid is not None
         image = self._normalise(crops)
         with span("teacher"):
-            return Domain(image, *self.teacher.pseudo_labels(image, crops.valid))
+            pseudo = self.teacher.pseudo_labels(image, crops.valid)
+        return Domain(image, *pseudo, torch.zeros_like(pseudo.label, dtype=torch.bool))
 
     def ground_truth(self, name: str) -> Domain:
         """Labelled crops of the batch, by their name."""

@@ -45,7 +45,7 @@ class Run:
     ) -> None:
         self.settings, self.device = settings, device
         self.classes, self.seen = joint_classes(sources), seen_classes(sources)
-        balance = settings.class_balance
+        balance = settings.data.class_balance
         weights = balance and class_weights(class_frequencies(sources, settings.data.source_shares), balance.exponent)
         self.start: str | None = None
         """What `model.start` did, for the user."""

@@ -126,5 +126,6 @@ def load_weights(path: Path, device: torch.device) -> TrainedNetwork:
 def _keep_for_inference(saved: dict[str, Any]) -> dict[str, Any]:
     """Keep the sections that inference reads: another version may have trained with settings unknown to this one."""
     kept = {name: dict(saved[name]) for name in ("data", "model", "evaluation")}
-    kept["data"].pop("rare_class", None)
+    for name in ("rare_class", "class_balance"):
+        kept["data"].pop(name, None)
     return kept | {"objectives": {"feature_distance": False}}

@@ -112,6 +112,8 @@ def test_every_mixed_pixel_is_wholly_of_the_source_or_of_the_target(batch: Batch
     pasted = mixed.label >= 10  # source labels are 10..18 and 255, pseudo-labels 0..2
     assert 0.2 < pasted.float().mean() < 0.8
     assert torch.equal(mixed.label[pasted], source.label[pasted])
+    assert mixed.truth is not None and torch.equal(mixed.truth, pasted)
+    assert source.truth is not None and bool(source.truth.all())
     assert torch.equal(mixed.image, torch.where(pasted[:, None], source.image, teacher.seen[0]))
     assert torch.equal(mixed.weight, torch.where(pasted, 1, 0.25 * batch["target"].valid))
     assert mixed.image.dtype == mixed.weight.dtype == torch.float32 and mixed.label.dtype == torch.int64

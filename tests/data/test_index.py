@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluda_cli.data.index import Index, Item, find, seen_classes
+from cluda_cli.data.index import Index, Item, class_frequencies, find, seen_classes
 from cluda_cli.data.labels import CITYSCAPES, ClassTable
 from cluda_cli.errors import DataError
 
@@ -49,6 +49,16 @@ def test_fingerprint_changes_with_the_data_and_not_with_the_place(tmp_path: Path
     other = dataclasses.replace(index, splits={**index.splits, "train": (changed, index.splits["train"][1])})
     assert other.fingerprint != index.fingerprint
     assert dataclasses.replace(index, margins=(0, 0, 0, 0)).fingerprint != index.fingerprint
+
+
+def test_frequencies_follow_the_shares_of_the_sources(tmp_path: Path) -> None:
+    first = make_index(tmp_path)
+    items = (Item("images/d.png", "labels/train/d.png", (5, 5), {0: 25}),)
+    second = dataclasses.replace(first, name="city", classes=ClassTable(CITYSCAPES[1:3]), splits={"train": items})
+    assert class_frequencies([first]) == [20 / 48, 0, 28 / 48]
+    assert class_frequencies([first, second]) == pytest.approx([20 / 73, 25 / 73, 28 / 73])
+    # Each source's images hold 24 and 25 pixels on average; equal shares draw both equally often.
+    assert class_frequencies([first, second], (1.0, 1.0)) == pytest.approx([10 / 49, 25 / 49, 14 / 49])
 
 
 def test_statistics_add_up_over_a_split(tmp_path: Path) -> None:

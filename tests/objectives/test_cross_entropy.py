@@ -1,6 +1,7 @@
 """Cross-entropy counts every pixel in its mean, whatever its weight."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -111,3 +112,18 @@ def test_halves_are_computed_in_float32_under_autocast() -> None:
     expected = objective(Seen(output, view))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(objective(Seen(output, view)), expected)
+
+
+@pytest.mark.parametrize("detail", [False, True])
+def test_class_weights_act_on_ground_truth_alone(detail: bool) -> None:
+    output, view = seen(detail)
+    weights = torch.tensor([0.5, 1.0, 2.0, 4.0])
+    objective = CrossEntropy(settings.CrossEntropy(detail_weight=0.3), "mixed", weights)
+    plain = CrossEntropy(settings.CrossEntropy(detail_weight=0.3), "mixed")
+    truth = torch.rand(view.label.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    by_class = torch.where(truth, weights[view.label.clamp(max=3)], 1.0)
+    expected = plain(Seen(output, replace(view, weight=view.weight * by_class)))
+    torch.testing.assert_close(objective(Seen(output, replace(view, truth=truth))), expected)
+    assert not math.isclose(expected.item(), plain(Seen(output, view)).item(), rel_tol=0.01)
+    assert objective(Seen(output, replace(view, truth=torch.zeros_like(truth)))) == plain(Seen(output, view))
+    assert objective.state_dict() == {}

@@ -153,8 +153,8 @@ def joint_classes(sources: Sequence[Index]) -> ClassTable:
 def class_frequencies(sources: Sequence[Index], shares: Sequence[float] | None = None) -> list[float]:
     """Share of each joint class, by train id, in the labelled pixels of the train splits.
 
-    `shares` are those of the sources' images; None: in proportion to their number. Raises DataError if no source has a
-    labelled pixel.
+    `shares` are those of the sources' images; None: in proportion to their number. Without any labelled pixel all
+    classes are alike.
     """
     joint = joint_classes(sources)
     frequencies = [0.0] * len(joint)
@@ -163,9 +163,8 @@ def class_frequencies(sources: Sequence[Index], shares: Sequence[float] | None =
         share = (shares[position] if shares else images) / max(images, 1)
         for name, count in zip(source.classes.names, pixels, strict=True):
             frequencies[joint.names.index(name)] += share * count
-    if not any(frequencies):
-        raise DataError("the labels hold no pixel of any class", sources[0].folder, "check its description")
-    return [frequency / sum(frequencies) for frequency in frequencies]
+    total = sum(frequencies)
+    return [frequency / total if total else 1 / len(joint) for frequency in frequencies]
 
 
 def seen_classes(sources: Sequence[Index], split: str = "train") -> tuple[str, ...]:

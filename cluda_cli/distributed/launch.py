@@ -16,6 +16,7 @@ from types import FrameType
 
 from torch.multiprocessing import ProcessContext, ProcessExitedException, start_processes
 
+from cluda_cli.distributed.place import usable_cores
 from cluda_cli.errors import EnvironmentProblem
 
 GRACE = 60.0
@@ -33,7 +34,7 @@ def launch(count: int, command: Callable[[], None]) -> int:
     os.environ.update(
         WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
     )
-    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // count, 1)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(usable_cores() // count, 1)))
     requests: list[int] = []
 
     def pass_on(number: int, _: FrameType | None) -> None:

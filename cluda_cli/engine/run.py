@@ -1,6 +1,7 @@
 """All state of a run in one object: what changes during training is here, and what is here is saved."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from cluda_cli.errors import SettingsError, first_line
 from cluda_cli.models.boxes import Boxes
 from cluda_cli.models.encoders import LoadReport, load_pretrained
 from cluda_cli.models.multires import build_segmenter
+from cluda_cli.models.normalisation import Normalisation
 from cluda_cli.models.segmenter import Output, Segmenter
 from cluda_cli.objectives import build_makers, build_objectives
 from cluda_cli.seeds import derive_seed
@@ -112,6 +114,7 @@ class Run:
             "teacher": gather_model_state(self.teacher),
             "objectives": gather_model_state(self.objectives),
             "optimizer": gather_optimizer_state(self.optimizer),
+            "normalisation": asdict(self.student.normalisation),
             "step": self.step,
             "validated": self.validated,
             "best": self.best,
@@ -123,6 +126,9 @@ class Run:
             for name, module in (("student", self.student), ("teacher", self.teacher), ("objectives", self.objectives)):
                 module.load_state_dict(scatter_model_state(state[name], module))
             self._load_optimizer(state["optimizer"])
+            if "normalisation" in state:  # absent from runs that began before it was saved
+                for network in (self.student, self.teacher.network):
+                    network.encoder.normalisation = Normalisation(**state["normalisation"])
             self.step, self.validated, self.best = state["step"], state["validated"], state["best"]
         except (RuntimeError, KeyError, ValueError) as error:
             detail = str(error).strip().splitlines()[-1].strip()[:160]  # torch's first line is a heading

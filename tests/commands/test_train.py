@@ -256,6 +256,47 @@ def test_a_file_that_turns_out_bad_costs_no_steps(tiny_settings, tmp_path):
     assert reached == (max(line["step"] for line in metrics(tmp_path / "x")) if lines.exists() else 0)
 
 
+@pytest.mark.parametrize("error", [OSError("gone"), RuntimeError("odd"), torch.OutOfMemoryError("full")], ids=repr)
+def test_an_error_of_a_library_while_loading_costs_no_steps(tiny_settings, tmp_path, monkeypatch, error):
+    honest = verb.batches
+
+    def batches(*arguments, **options):
+        for i, batch in enumerate(honest(*arguments, **options)):
+            if i == 3:
+                raise error
+            yield batch
+
+    monkeypatch.setattr(verb, "batches", batches)
+    with pytest.raises(type(error), match=str(error)):
+        train(with_training(tiny_settings, save_every=100), tmp_path / "x")
+    assert load_state(tmp_path / "x" / "resume" / "state.pt")["step"] == 3
+
+
+def test_a_validation_that_fails_costs_no_steps(tiny_settings, tmp_path, monkeypatch):
+    def score(*_, **__):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(verb, "score", score)
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        train(with_training(tiny_settings, save_every=100), tmp_path / "x")
+    assert load_state(tmp_path / "x" / "resume" / "state.pt")["step"] == 4
+
+
+def test_a_step_that_fails_leaves_the_last_save(tiny_settings, tmp_path, monkeypatch):
+    honest = verb.training_step
+
+    def training_step(run, batch):
+        result = honest(run, batch)
+        if run.step == 4:
+            raise DataError("in the midst of a step")
+        return result
+
+    monkeypatch.setattr(verb, "training_step", training_step)
+    with pytest.raises(DataError, match="in the midst of a step"):
+        train(with_training(tiny_settings, save_every=3), tmp_path / "x")
+    assert load_state(tmp_path / "x" / "resume" / "state.pt")["step"] == 3
+
+
 def test_a_run_killed_before_its_first_save_resumes(tiny_settings, tmp_path, monkeypatch):
     monkeypatch.setattr(verb, "_loop", lambda *_: os.abort)
     train(tiny_settings, tmp_path / "x")

@@ -21,8 +21,8 @@ from cluda_cli.errors import EnvironmentProblem
 
 GRACE = 60.0
 """Seconds that the other ranks have to end by themselves once one has failed, because rank 0 may be saving."""
-HASTE = 5.0
-"""Seconds that the ranks have to end after the second Ctrl-C."""
+SHORT_GRACE = 5.0
+"""Seconds that the ranks have to end by themselves after the second Ctrl-C."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -56,7 +56,7 @@ def launch(count: int, command: Callable[[], None]) -> int:
 
 
 def _run_rank(rank: int, command: Callable[[], None]) -> None:
-    """What each process does. It prints its own traceback: torch keeps only that of the rank that ends first."""
+    """Run the command as one rank. It prints its own traceback: torch keeps only that of the rank that ends first."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     launcher = parent_process()
     if launcher and not launcher.is_alive():  # it died before torch asked the kernel for a SIGINT at its death
@@ -77,9 +77,9 @@ def _join(context: ProcessContext) -> None:
         while not context.join(grace_period=GRACE):
             pass
     except ProcessExitedException:
-        pass  # the exit codes tell more than the first one that torch met
+        pass  # torch reports the first exit code only; `launch` compares all of them
     except KeyboardInterrupt:
-        deadline = time.monotonic() + HASTE
+        deadline = time.monotonic() + SHORT_GRACE
         for process in context.processes:
             process.join(max(deadline - time.monotonic(), 0))
             process.kill()

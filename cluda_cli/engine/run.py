@@ -47,7 +47,7 @@ class Run:
         self.settings, self.device = settings, device
         self.classes, self.seen = joint_classes(sources), seen_classes(sources)
         self.start: str | None = None
-        """What `model.start` did, for the user."""
+        """One line for the user that says what `model.start` did; None without it."""
         with torch.random.fork_rng(devices=[]):  # layers initialise themselves from the global generator
             torch.manual_seed(derive_seed(settings.training.seed, "initialise"))
             self.student = build_segmenter(settings.model, settings.data.crop, len(self.classes))
@@ -136,8 +136,8 @@ class Run:
             raise SettingsError(f"saved state does not fit the settings ({detail})", "--resume", remedy) from error
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
-        """Moments from the state; rates and decay from the settings, which may have changed on resume, and the
-        implementation from the device, which may be another one."""
+        """Load the moments. Rates and weight decay stay those of the settings, and the implementation (`fused`) that of
+        the device, because both may differ from those of the saved run."""
         keys = ("base_lr", "weight_decay", "fused")
         own = [{key: group[key] for key in keys} for group in self.optimizer.param_groups]
         groups = [group | values for group, values in zip(state["param_groups"], own, strict=True)]

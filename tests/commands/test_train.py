@@ -20,7 +20,6 @@ from cluda_cli.commands.train import train
 from cluda_cli.data.index import find
 from cluda_cli.data.labels import ClassTable
 from cluda_cli.engine.folder import RunFolder
-from cluda_cli.engine.run import Run
 from cluda_cli.engine.state_file import load_state
 from cluda_cli.errors import DataError, Interrupted, RunError, SettingsError
 from cluda_cli.inference.weights_file import load_weights
@@ -191,15 +190,6 @@ def test_a_broken_loss_stops_with_its_name_and_leaves_the_last_save(tiny_setting
     assert all(torch.isfinite(v).all() for v in state["student"].values())
 
 
-def test_other_data_are_refused_on_resume(tiny_settings, tmp_path):
-    train(with_training(tiny_settings, steps=1), tmp_path / "x")
-    manifest = json.loads((tmp_path / "x" / "manifest.json").read_text())
-    manifest["sources"][0]["fingerprint"] = "0"
-    (tmp_path / "x" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DataError, match="the dataset clean changed since the run began"):
-        train(tiny_settings, tmp_path / "x", resume=True)
-
-
 def test_a_missing_dataset_names_the_command(tiny_settings, tmp_path):
     tree = presets.merge(tiny_settings.model_dump(mode="json"), {"data": {"source": "gta"}})
     with pytest.raises(DataError, match="run `cluda prepare gta --data-root"):
@@ -309,13 +299,6 @@ def test_a_run_killed_before_its_first_save_resumes(tiny_settings, tmp_path, mon
     assert not leftover.exists()
 
 
-def test_overwriting_leaves_nothing_of_the_old_run(tiny_settings, tmp_path):
-    train(tiny_settings, tmp_path / "x")
-    train(with_training(tiny_settings, steps=1, pictures_every=0, validate_every=1), tmp_path / "x", overwrite=True)
-    assert not list((tmp_path / "x" / "pictures").glob("*"))
-    assert load_weights(tmp_path / "x" / "best.safetensors", CPU).step == 1
-
-
 def test_domains_without_a_common_class_are_refused(tiny_settings, tmp_path):
     index = find("noisy", tmp_path / "data")
     renamed = ClassTable(tuple(replace(c, name=f"my {c.name}") for c in index.classes.classes))
@@ -335,18 +318,6 @@ def test_the_teacher_can_be_the_network_that_is_kept(tiny_settings, tmp_path):
     assert_same({f"network.{k}": v for k, v in deployed.network.state_dict().items()}, dict(teacher))
 
 
-def test_weights_of_a_run_carry_the_normalisation_of_its_encoder(tiny_settings, tmp_path):
-    change = {
-        "model": {"encoder": "tf_efficientnet_lite0", "weights": False},
-        "objectives": {"feature_distance": False},
-    }
-    settings = presets.validate(presets.merge(tiny_settings.model_dump(mode="json"), change))
-    run = Run(settings, [find("clean", settings.data.root)], CPU)
-    files = RunFolder(tmp_path / "x")
-    files.save_best(run)
-    assert load_weights(files.best, CPU).network.normalisation.mean == (127.5, 127.5, 127.5)
-
-
 def test_resume_is_exact_with_loader_processes(tiny_settings, tmp_path, stop_after, monkeypatch):
     tree = with_training(tiny_settings, steps=3).model_dump(mode="json")
     settings = presets.validate(presets.merge(tree, {"data": {"workers": 1}}))
@@ -358,13 +329,6 @@ def test_resume_is_exact_with_loader_processes(tiny_settings, tmp_path, stop_aft
         monkeypatch.undo()
     train(settings, tmp_path / "parts", resume=True)
     assert_same(*(load_state(tmp_path / name / "resume" / "state.pt") for name in ("whole", "parts")))
-
-
-def test_a_crop_that_the_network_cannot_take_is_refused(tiny_settings, tmp_path):
-    change = {"model": {"encoder": "maxvit_pico_rw_256", "weights": False}, "objectives": {"feature_distance": False}}
-    tree = presets.merge(tiny_settings.model_dump(mode="json"), change)
-    with pytest.raises(SettingsError, match="maxvit_pico_rw_256 cannot train on 2 such crops"):
-        train(presets.validate(tree), tmp_path / "x")
 
 
 @pytest.mark.slow

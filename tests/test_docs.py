@@ -207,7 +207,9 @@ def test_the_worked_examples_of_a_dataset_and_a_command_are_sound(tmp_path):
     package = copy_package(tmp_path)
     index = package / "data" / "index.py"
     index.write_text(re.sub(r"^PHOTOGRAPHED = .*\n", name, index.read_text(encoding="utf-8"), flags=re.MULTILINE))
-    insert(package / "preparation" / "published.py", ")\n\n\ndef locate_demo(", before=entry)
+    published = package / "preparation" / "published.py"
+    insert(published, "PUBLISHED: tuple[Published, ...] = (\n", before=entry)
+    insert(published, ")\n\n\ndef locate_demo(", before="    BDD100K,\n")
     (package / "commands" / "classes.py").write_text(verb, encoding="utf-8")
     insert(package / "cli.py", "def main(", before=command + "\n\n")
     data = tmp_path / "data" / "bdd100k"

@@ -76,7 +76,7 @@ def test_rows_that_are_taken_are_added_where_they_came_from(choose) -> None:
 
 
 @BOTH_CHOICES
-@pytest.mark.parametrize("label", [LABEL, torch.full((3,), 255), torch.tensor([3, 255, 5])], ids=["some", "none", "2"])
+@pytest.mark.parametrize("label", [LABEL, torch.full((3,), 255), torch.tensor([3, 255, 5])], ids=["some", "no", "two"])
 def test_root_shares_multiply_to_the_share_of_a_pair(choose, label: Tensor) -> None:
     """1 / n max(1, |P_i|), with n labelled pixels and |P_i| other ones of the class."""
     labelled = label != 255

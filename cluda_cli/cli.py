@@ -115,7 +115,7 @@ def prepare(
             "width of its data.source_box or data.target_box, as 760x1280, or `original`.",
         ),
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes.  [default: one per core]")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes.  [default: one per usable core]")] = None,
 ) -> None:
     """Check a dataset, map its labels to train ids and index it."""
     if check and cache:

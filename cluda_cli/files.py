@@ -1,10 +1,10 @@
-"""Files that appear complete or not at all."""
+"""Files that appear complete or not at all, and names for them."""
 
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,3 +55,15 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     """Write JSON atomically. Raises ValueError for NaN, which other readers refuse."""
     write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
+
+
+def make_unique(names: Iterable[str]) -> Iterator[str]:
+    """Yield the names, and add a number to a name that repeats an earlier one. Upper and lower case are the same."""
+    taken: set[str] = set()
+    for name in names:
+        unique, number = name, 1
+        while unique.casefold() in taken:
+            number += 1
+            unique = f"{name}-{number}"
+        taken.add(unique.casefold())
+        yield unique

@@ -69,6 +69,13 @@ def test_the_engine_does_not_know_how_many_resolutions_a_network_has(path):
     assert not {word for word in words if isinstance(word, str) and pattern.search(word)}
 
 
+def test_every_module_has_its_test_file():
+    """tests/ mirrors the tree; packages and modules of a few lines are tested with what uses them."""
+    inside = [path.relative_to(PACKAGE) for path in MODULES if path.read_text(encoding="utf-8").count("\n") > 40]
+    mirrors = {path: Path(__file__).parent / path.with_name(f"test_{path.name}") for path in inside}
+    assert not [str(path) for path, test in mirrors.items() if path.name != "__init__.py" and not test.is_file()]
+
+
 def test_functions_stay_short():
     long = [
         f"{path.name}:{node.lineno} {node.name}"

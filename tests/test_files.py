@@ -1,4 +1,4 @@
-"""Files appear complete or not at all."""
+"""Files appear complete or not at all, and no two have one name."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluda_cli.files import atomic, remove_temporaries, sha256, write_json, write_text
+from cluda_cli.files import atomic, make_unique, remove_temporaries, sha256, write_json, write_text
 
 
 def test_a_file_appears_with_its_folder_and_nothing_else(tmp_path: Path) -> None:
@@ -63,3 +63,7 @@ def test_json_round_trips_and_refuses_nan(tmp_path: Path) -> None:
 def test_hash_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"cluda")
     assert sha256(tmp_path / "x") == hashlib.sha256(b"cluda").hexdigest()
+
+
+def test_repeated_names_get_numbers_whatever_their_case() -> None:
+    assert list(make_unique(["a", "b", "A", "a", "A-2"])) == ["a", "b", "A-2", "a-3", "A-2-2"]

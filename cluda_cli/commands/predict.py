@@ -1,7 +1,7 @@
 """The verb `predict`: checkpoint + images of any size -> masks, colours, overlays. H W pixels of one image."""
 
 import glob
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from cluda_cli.data.index import IMAGE_SUFFIXES
 from cluda_cli.data.labels import ClassTable
 from cluda_cli.data.transforms import read_image
 from cluda_cli.errors import DataError, SettingsError
+from cluda_cli.files import make_unique
 from cluda_cli.inference.device import pick_device
 from cluda_cli.inference.prefetch import HostCopy, prefetch, write_png
 from cluda_cli.inference.sliding import ResizedImage, fit_image, segment
@@ -139,18 +140,6 @@ def _list_images(path: Path, out: Path, checked: bool) -> Iterator[tuple[Path, P
             ours = image.resolve().is_relative_to(out.resolve())
             if image.suffix.lower() in IMAGE_SUFFIXES and image.is_file() and not hidden and not ours:
                 yield image, relative
-
-
-def make_unique(names: Iterable[str]) -> Iterator[str]:
-    """Yield the names, and add a number to a name that repeats an earlier one. Upper and lower case are the same."""
-    taken: set[str] = set()
-    for name in names:
-        unique, number = name, 1
-        while unique.casefold() in taken:
-            number += 1
-            unique = f"{name}-{number}"
-        taken.add(unique.casefold())
-        yield unique
 
 
 def _plan(images: Sequence[tuple[Path, Path]], out: Path, outputs: Sequence[str]) -> list[_Request]:

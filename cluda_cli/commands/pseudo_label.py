@@ -20,12 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluda_cli import __version__, console
-from cluda_cli.commands.predict import make_unique
 from cluda_cli.data.index import Index, Item, find
 from cluda_cli.data.labels import IGNORE
 from cluda_cli.data.transforms import read_image, read_label
 from cluda_cli.errors import SettingsError
-from cluda_cli.files import sha256, write_json
+from cluda_cli.files import make_unique, sha256, write_json
 from cluda_cli.inference.device import pick_device
 from cluda_cli.inference.metrics import count_values
 from cluda_cli.inference.prefetch import HostCopy, prefetch, write_png

@@ -25,7 +25,7 @@ from cluda_cli.engine.pictures import write_pictures
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.sharding import unsharded
 from cluda_cli.engine.step import training_step
-from cluda_cli.errors import CludaError, Interrupted, RunError
+from cluda_cli.errors import Interrupted
 from cluda_cli.inference.device import pick_device
 from cluda_cli.inference.scoring import compare_classes, score
 from cluda_cli.models.multires import MultiResolution
@@ -41,8 +41,8 @@ def train(settings: Settings, folder: Path, *, resume: bool = False, overwrite: 
     Started by torchrun, this is one of the processes that train the run together.
 
     Raises SettingsError for a folder that exists, RunError for a non-finite loss, Interrupted after Ctrl-C or SIGTERM,
-    DataError for a file that turns out bad. Once the run has begun, its state is saved before any of them but RunError,
-    which leaves the last save.
+    DataError for a file that turns out bad. If loading or validation fails, with whatever error, the state after the
+    last step is saved first. A step that fails leaves the last save.
     """
     with collectives.process_group():
         _train(settings, folder, resume, overwrite)
@@ -72,11 +72,6 @@ def _train(settings: Settings, folder: Path, resume: bool, overwrite: bool) -> N
         except _StopAsked:
             files.save(run)
             raise Interrupted(f"stopped after step {run.step}, state saved", "", _resume_hint(folder)) from None
-        except RunError:  # a step broke: running statistics may have, too
-            raise
-        except CludaError:
-            files.save(run)
-            raise
     console.info(f"done in {console.duration(time.monotonic() - began)}")
     _conclude(run, files)
 
@@ -116,12 +111,12 @@ def _loop(
             if collectives.any_rank(stop.requested):
                 raise _StopAsked
             if labelled and _due(run.step, training.validate_every, steps) and run.validated < run.step:
-                with progress.paused():
+                with progress.paused(), _save_if_it_fails(run, files):
                     _validate(run, files, target, stop)
                 files.save(run)
             if run.step == steps:
                 return
-            with collectives.fail_together():
+            with _save_if_it_fails(run, files):
                 batch = to_device(next(stream), run.device)
             result = training_step(run, batch)
             note = ""
@@ -130,6 +125,19 @@ def _loop(
             if training.pictures_every and _due(run.step, training.pictures_every, steps):
                 write_pictures(files.pictures / f"{run.step:06d}.png", run, batch, result.views)
             progress.advance(note)
+
+
+@contextmanager
+def _save_if_it_fails(run: Run, files: RunFolder) -> Iterator[None]:
+    """For work between steps: if it fails on any rank, all ranks save the state of the run and raise the error."""
+    try:
+        with collectives.fail_together():
+            yield
+    except (_StopAsked, collectives.RankLost):
+        raise
+    except Exception:
+        files.save(run)
+        raise
 
 
 def _due(step: int, every: int, steps: int) -> bool:

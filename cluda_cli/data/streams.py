@@ -19,6 +19,7 @@ from cluda_cli import settings
 from cluda_cli.data.batch import Batch, Crops
 from cluda_cli.data.draws import Draw, Law, Sources, TargetImages
 from cluda_cli.data.index import Index, joint_classes
+from cluda_cli.distributed.place import usable_cores
 from cluda_cli.errors import CludaError, EnvironmentProblem
 from cluda_cli.seeds import derive_seed
 
@@ -90,11 +91,6 @@ class Steps(Dataset["Batch | CludaError"]):
 
     def _generator(self, name: str, step: int, position: int) -> np.random.Generator:
         return np.random.default_rng(derive_seed(self.seed, name, step, position))
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _iterate(loader: "DataLoader[Batch | CludaError]") -> Generator[Batch, None, None]:

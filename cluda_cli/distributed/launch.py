@@ -16,12 +16,13 @@ from types import FrameType
 
 from torch.multiprocessing import ProcessContext, ProcessExitedException, start_processes
 
+from cluda_cli.distributed.place import usable_cores
 from cluda_cli.errors import EnvironmentProblem
 
 GRACE = 60.0
 """Seconds that the other ranks have to end by themselves once one has failed, because rank 0 may be saving."""
-HASTE = 5.0
-"""Seconds that the ranks have to end after the second Ctrl-C."""
+SHORT_GRACE = 5.0
+"""Seconds that the ranks have to end by themselves after the second Ctrl-C."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -33,7 +34,7 @@ def launch(count: int, command: Callable[[], None]) -> int:
     os.environ.update(
         WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
     )
-    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // count, 1)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(usable_cores() // count, 1)))
     requests: list[int] = []
 
     def pass_on(number: int, _: FrameType | None) -> None:
@@ -55,7 +56,7 @@ def launch(count: int, command: Callable[[], None]) -> int:
 
 
 def _run_rank(rank: int, command: Callable[[], None]) -> None:
-    """What each process does. It prints its own traceback: torch keeps only that of the rank that ends first."""
+    """Run the command as one rank. It prints its own traceback: torch keeps only that of the rank that ends first."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     launcher = parent_process()
     if launcher and not launcher.is_alive():  # it died before torch asked the kernel for a SIGINT at its death
@@ -76,9 +77,9 @@ def _join(context: ProcessContext) -> None:
         while not context.join(grace_period=GRACE):
             pass
     except ProcessExitedException:
-        pass  # the exit codes tell more than the first one that torch met
+        pass  # torch reports the first exit code only; `launch` compares all of them
     except KeyboardInterrupt:
-        deadline = time.monotonic() + HASTE
+        deadline = time.monotonic() + SHORT_GRACE
         for process in context.processes:
             process.join(max(deadline - time.monotonic(), 0))
             process.kill()

@@ -1,6 +1,4 @@
-"""The folder of a run: what lies in it, when each file appears, and what a resumed run takes from it.
-
-Of several processes all read, and the first one writes.
+"""The folder of a run: its files, when each appears, and what a resumed run reads. All ranks read; rank 0 writes.
 
 settings.json      resolved settings, a valid preset        manifest.json      versions, data, hashes
 metrics.jsonl      a line per log and per validation        pictures/          what steps saw
@@ -53,7 +51,7 @@ class RunFolder:
             raise SettingsError("exists and is not a run", self.path, "name another folder with --run")
 
     def begin(self, run: Run, sources: Sequence[Index], target: Index) -> None:
-        """Make the folder that of a new run, with a state from which a run killed early resumes too."""
+        """Begin a new run: remove the files of an old one; write manifest, settings and the state before step 0."""
         state = run.state_dict()
         if collectives.rank():
             return
@@ -96,7 +94,7 @@ class RunFolder:
         self._settle(run)
 
     def _settle(self, run: Run) -> None:
-        """What a new and a resumed run do alike: clear what a kill left behind, keep the settings in force."""
+        """Remove temporary files of a killed process and write the settings, for a new and for a resumed run."""
         remove_temporaries(self.path)
         remove_temporaries(self.state.parent)
         write_text(self.settings, run.settings.model_dump_json(indent=2) + "\n")
@@ -121,7 +119,7 @@ class RunFolder:
             save_weights(path, state, described, normalisation=run.evaluated.normalisation)
 
     def log(self, line: dict[str, Any]) -> None:
-        """Append a line to the metrics; NaN becomes null, which every JSON reader accepts."""
+        """Append a line to the metrics."""
         if collectives.rank():
             return
         with self.metrics.open("a", encoding="utf-8") as file:
@@ -145,7 +143,7 @@ def _belongs(line: str, run: Run) -> bool:
 
 
 def _manifest(run: Run, sources: Sequence[Index], target: Index) -> dict[str, Any]:
-    """What one needs to know to repeat the run."""
+    """What is needed to repeat the run: versions, commit, device, weights, datasets, classes."""
     gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None
     versions = {"cluda": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
     versions |= {"torchvision": str(torchvision.__version__), "timm": timm.__version__}

@@ -1,6 +1,7 @@
 """All state of a run in one object: what changes during training is here, and what is here is saved."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from cluda_cli.errors import SettingsError, first_line
 from cluda_cli.models.boxes import Boxes
 from cluda_cli.models.encoders import LoadReport, load_pretrained
 from cluda_cli.models.multires import build_segmenter
+from cluda_cli.models.normalisation import Normalisation
 from cluda_cli.models.segmenter import Output, Segmenter
 from cluda_cli.objectives import build_makers, build_objectives
 from cluda_cli.seeds import derive_seed
@@ -48,7 +50,7 @@ class Run:
         balance = settings.data.class_balance
         weights = balance and class_weights(class_frequencies(sources, settings.data.source_shares), balance.exponent)
         self.start: str | None = None
-        """What `model.start` did, for the user."""
+        """One line for the user that says what `model.start` did; None without it."""
         with torch.random.fork_rng(devices=[]):  # layers initialise themselves from the global generator
             torch.manual_seed(derive_seed(settings.training.seed, "initialise"))
             self.student = build_segmenter(settings.model, settings.data.crop, len(self.classes))
@@ -116,6 +118,7 @@ class Run:
             "teacher": gather_model_state(self.teacher),
             "objectives": gather_model_state(self.objectives),
             "optimizer": gather_optimizer_state(self.optimizer),
+            "normalisation": asdict(self.student.normalisation),
             "step": self.step,
             "validated": self.validated,
             "best": self.best,
@@ -127,6 +130,9 @@ class Run:
             for name, module in (("student", self.student), ("teacher", self.teacher), ("objectives", self.objectives)):
                 module.load_state_dict(scatter_model_state(state[name], module))
             self._load_optimizer(state["optimizer"])
+            if "normalisation" in state:  # absent from runs that began before it was saved
+                for network in (self.student, self.teacher.network):
+                    network.encoder.normalisation = Normalisation(**state["normalisation"])
             self.step, self.validated, self.best = state["step"], state["validated"], state["best"]
         except (RuntimeError, KeyError, ValueError) as error:
             detail = str(error).strip().splitlines()[-1].strip()[:160]  # torch's first line is a heading
@@ -134,8 +140,8 @@ class Run:
             raise SettingsError(f"saved state does not fit the settings ({detail})", "--resume", remedy) from error
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
-        """Moments from the state; rates and decay from the settings, which may have changed on resume, and the
-        implementation from the device, which may be another one."""
+        """Load the moments. Rates and weight decay stay those of the settings, and the implementation (`fused`) that of
+        the device, because both may differ from those of the saved run."""
         keys = ("base_lr", "weight_decay", "fused")
         own = [{key: group[key] for key in keys} for group in self.optimizer.param_groups]
         groups = [group | values for group, values in zip(state["param_groups"], own, strict=True)]

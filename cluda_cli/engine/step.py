@@ -28,7 +28,7 @@ Group = tuple[str, ...]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step has to tell."""
+    """What one step gives to the log and the pictures."""
 
     terms: dict[str, Tensor]
     """"view/objective" -> unweighted value over all ranks, a detached scalar on the device; views joined by "+"."""

@@ -1,6 +1,5 @@
 """Work that overlaps with the network: threads that read and write, and copies to and from a GPU. H W pixels."""
 
-import os
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -14,12 +13,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from cluda_cli.distributed.place import usable_cores
 from cluda_cli.files import atomic
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-THREADS = min(max(os.cpu_count() or 1, 4), 16)  # that read images before the network needs them, or write results
+FEWEST_THREADS, MOST_THREADS = 4, 16
+"""Bounds of the number of threads that read images or write results; reading waits for the disk, so few cores do."""
 
 
 def pin_memory(tensor: Tensor, device: torch.device) -> Tensor:
@@ -47,13 +48,17 @@ class HostCopy:
 
 
 def prefetch(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """`map` in threads, a few items ahead. Results keep their order. An exception is raised at its item."""
+    """`map` in threads, one for each usable core within bounds, as many items ahead as there are threads.
+
+    Results keep their order. An exception is raised at its item.
+    """
+    threads = min(max(usable_cores(), FEWEST_THREADS), MOST_THREADS)
     pending: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         try:
             for item in items:
                 pending.append(pool.submit(function, item))
-                if len(pending) > THREADS:
+                if len(pending) > threads:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

@@ -19,6 +19,7 @@ from typing import TypeVar
 from PIL import Image
 
 from cluda_cli.console import Progress
+from cluda_cli.distributed.place import usable_cores
 from cluda_cli.errors import DataError, EnvironmentProblem
 from cluda_cli.files import atomic, write_text
 from cluda_cli.preparation.label_files import LabelReader, count_pixels, read_size
@@ -160,11 +161,11 @@ def convert(conversion: Conversion) -> Outcome:
 
 
 def run_all(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int | None) -> Iterator[Result]:
-    """Run a function on each task in up to `workers` processes, None for one per core. Yields results in order.
+    """Run a function on each task in up to `workers` processes, None for one per usable core. Yields results in order.
 
     Few tasks run in this process. Raises EnvironmentProblem if a worker is killed, usually for want of memory.
     """
-    count = min(workers or os.cpu_count() or 1, -(-len(tasks) // TASKS_PER_WORKER))
+    count = min(workers or usable_cores(), -(-len(tasks) // TASKS_PER_WORKER))
     if count <= 1:
         yield from map(function, tasks)
         return

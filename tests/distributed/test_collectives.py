@@ -1,8 +1,10 @@
 """Two processes compute what one computes with the joint batch."""
 
 import copy
+import errno
 import json
 import os
+import pickle
 import runpy
 import socket
 import subprocess
@@ -21,7 +23,7 @@ from cluda_cli import presets
 from cluda_cli.commands.train import train
 from cluda_cli.distributed import collectives
 from cluda_cli.distributed.place import Place
-from cluda_cli.errors import SettingsError
+from cluda_cli.errors import DataError, SettingsError
 from cluda_cli.models.encoders import build_encoder
 from cluda_cli.models.mit import VARIANTS
 from cluda_cli.models.segmenter import Segmenter
@@ -119,6 +121,63 @@ def test_images_are_shared_out_evenly_or_not_at_all(monkeypatch):
         collectives.local_positions(3)
     with pytest.raises(SettingsError, match='"cuda:1" is one device'):
         collectives.local_device("cuda:1")
+
+
+@pytest.fixture
+def fail_on_rank_1(monkeypatch):
+    """Enter `fail_together` as rank 1 of 2 and raise `own` there, while rank 0 raises `other`."""
+
+    def fail(own, other):
+        def gather(copies, mine):
+            sent = [other and collectives._copy_for_other_ranks(other), mine]
+            copies[:] = pickle.loads(pickle.dumps(sent))
+
+        monkeypatch.setattr(collectives, "_place", SECOND_OF_TWO)
+        monkeypatch.setattr(collectives, "any_rank", lambda failed: failed or other is not None)
+        monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+        with collectives.fail_together():
+            if own:
+                raise own
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        DataError("cannot be read", "a.png", "copy it again"),
+        OSError(errno.ENOSPC, "No space left on device", "a.png"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        KeyError("a"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_all_ranks_raise_the_error_of_one(fail_on_rank_1, error):
+    with pytest.raises(type(error)) as caught:
+        fail_on_rank_1(None, error)
+    assert type(caught.value) is type(error)
+    assert str(caught.value) == str(error)
+    assert vars(caught.value).items() >= vars(error).items()
+    assert any("raised by rank" in note for note in caught.value.__notes__)
+
+
+def test_the_rank_that_failed_raises_its_own_error_and_of_two_the_lower_rank_decides(fail_on_rank_1):
+    own = OSError("mine")
+    with pytest.raises(OSError, match="mine") as caught:
+        fail_on_rank_1(own, None)
+    assert caught.value is own
+    with pytest.raises(DataError, match="theirs"):
+        fail_on_rank_1(own, DataError("theirs"))
+    fail_on_rank_1(None, None)
+
+
+def test_an_error_that_cannot_be_sent_keeps_its_text(fail_on_rank_1):
+    class FussyError(Exception):
+        def __init__(self, code, text):
+            super().__init__(f"{code}: {text}")
+
+    with pytest.raises(RuntimeError, match="7: odd"):
+        fail_on_rank_1(None, FussyError(7, "odd"))
 
 
 def test_one_process_needs_no_others(tiny_settings, tmp_path, monkeypatch):

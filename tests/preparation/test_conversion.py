@@ -89,3 +89,10 @@ def test_few_tasks_or_one_worker_start_no_process(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(conversion, "ProcessPoolExecutor", None)
     assert list(run_all(abs, [-1, 2, -3], workers=8)) == [1, 2, 3]
     assert list(run_all(abs, list(range(-99, 0)), workers=1)) == list(range(99, 0, -1))
+
+
+def test_there_is_a_process_for_each_usable_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One usable core: all tasks run in this process."""
+    monkeypatch.setattr(conversion, "usable_cores", lambda: 1)
+    monkeypatch.setattr(conversion, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("started processes"))
+    assert list(run_all(abs, list(range(-99, 0)), workers=None)) == list(range(99, 0, -1))

@@ -1,10 +1,13 @@
 """Fixtures shared by all tests."""
 
 import json
+import multiprocessing
 import os
 import resource
+import runpy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,69 @@ def golden() -> Golden:
 def _one_thread() -> None:
     """Tiny tensors are slower on many threads, much slower where cores are shared."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> None:
+    """Loader processes, and those of `start_cluda`, are forked from one process that has everything imported."""
+    multiprocessing.set_forkserver_preload(["cluda_cli.commands.train"])
+    forkserver.ensure_running()
+
+
+class ForkedCluda:
+    """A `cluda` as on the command line, without the seconds of its imports. It has the interface of a Popen."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self._said, output = multiprocessing.Pipe(duplex=False)
+        variables = {"arguments": arguments, "output": output}
+        command = (Path(__file__).parent / "forked_cluda.py", variables, "__main__")
+        self._process = multiprocessing.get_context("forkserver").Process(target=runpy.run_path, args=command)
+        self._process.start()
+        output.close()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def communicate(self, timeout: float) -> tuple[str, None]:
+        """All that was written to stdout and stderr; ends when no process, of its ranks and loaders too, holds them."""
+        said = b""
+        while chunk := self._read(timeout):
+            said += chunk
+        self._process.join(timeout)
+        return said.decode(), None
+
+    def _read(self, timeout: float) -> bytes:
+        assert connection.wait([self._said], timeout), "nothing was written and nothing ended"
+        return os.read(self._said.fileno(), 2**16)
+
+
+@pytest.fixture
+def start_cluda(fork_server: None) -> Iterator[Callable[..., ForkedCluda]]:
+    """`start_cluda("train", ...)`: a `cluda` in a process of its own, which ends with the test."""
+    started: list[ForkedCluda] = []
+
+    def start(*arguments: object) -> ForkedCluda:
+        started.append(ForkedCluda([str(argument) for argument in arguments]))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
 
 
 @pytest.fixture
@@ -140,7 +206,7 @@ def tiny_settings(tiny_data: Path, tmp_path: Path) -> Settings:
     settings = presets.load(["daformer-cluda"], {
         "data": {"source": "clean", "target": "noisy", "root": str(tiny_data), "crop": [32, 48],
                  "source_box": False, "target_box": False, "workers": 0},
-        "model": {"encoder": "mobilenetv2_050", "weights": str(tmp_path / "encoder.safetensors"),
+        "model": {"encoder": "test_efficientnet", "weights": str(tmp_path / "encoder.safetensors"),
                   "decoder": {"embed_dim": 8, "channels": 8}},
         "optimizer": {"lr": 1e-3, "decoder_lr_factor": 1.0, "warmup": 2},
         "training": {"steps": 6, "validate_every": 4, "save_every": 2, "log_every": 1, "pictures_every": 3,

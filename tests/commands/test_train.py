@@ -4,8 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -26,6 +24,7 @@ from cluda_cli.errors import DataError, Interrupted, RunError, SettingsError
 from cluda_cli.inference.weights_file import load_weights
 
 CPU = torch.device("cpu")
+TIMEOUT = 600  # seconds, for machines with much else to do
 
 
 def with_training(settings, **values):
@@ -306,7 +305,7 @@ def test_weights_of_a_run_carry_the_normalisation_of_its_encoder(tiny_settings, 
     assert load_weights(files.best, CPU).network.normalisation.mean == (127.5, 127.5, 127.5)
 
 
-def test_resume_is_exact_with_loader_processes(tiny_settings, tmp_path, stop_after, monkeypatch):
+def test_resume_is_exact_with_loader_processes(fork_server, tiny_settings, tmp_path, stop_after, monkeypatch):
     tree = with_training(tiny_settings, steps=3).model_dump(mode="json")
     settings = presets.validate(presets.merge(tree, {"data": {"workers": 1}}))
     train(settings, tmp_path / "whole")
@@ -328,45 +327,41 @@ def test_a_crop_that_the_network_cannot_take_is_refused(tiny_settings, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
-def test_loader_processes_end_with_the_run(tiny_settings, tmp_path, number):
+def test_loader_processes_end_with_the_run(tiny_settings, tmp_path, start_cluda, number):
     settings = tmp_path / "settings.json"
     tree = with_training(tiny_settings, steps=1000).model_dump(mode="json")
     settings.write_text(json.dumps(presets.merge(tree, {"data": {"workers": 1}})))
-    command = [sys.executable, "-m", "cluda_cli", "train", "--preset", str(settings), "--run", str(tmp_path / "x")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    process = start_cluda("train", "--preset", settings, "--run", tmp_path / "x")
+    deadline = time.monotonic() + TIMEOUT
     while not (tmp_path / "x" / "metrics.jsonl").exists():  # the first step is done, with a loader process
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(number)
-    _, talk = process.communicate(timeout=60)  # ends when no process holds the pipe any more
+    talk, _ = process.communicate(TIMEOUT)  # ends when no process holds the pipe any more
     if number == signal.SIGTERM:
         assert process.returncode == 130
         assert f"resume with: cluda train --run {tmp_path / 'x'} --resume" in talk
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_and_leaves_no_unreadable_file(tiny_settings, tmp_path):
+def test_a_killed_run_resumes_and_leaves_no_unreadable_file(tiny_settings, tmp_path, start_cluda):
     """SIGKILL at random moments, several times over one run; nothing past the last save interval is lost."""
     folder = tmp_path / "x"
     settings = tmp_path / "settings.json"
     settings.write_text(with_training(tiny_settings, steps=60, save_every=2, validate_every=7).model_dump_json())
-    command = [sys.executable, "-m", "cluda_cli", "train", "--preset", str(settings), "--run", str(folder)]
+    command = ["train", "--preset", settings, "--run", folder]
     state, moments = folder / "resume" / "state.pt", random.Random(0)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # more threads than free cores would slow a tiny network down
     reached = 0
     for kill in range(4):
         began = time.monotonic()
-        process = subprocess.Popen(
-            [*command, *(["--resume"] if kill else [])], stderr=subprocess.PIPE, text=True, env=environment
-        )
+        process = start_cluda(*command, *(["--resume"] if kill else []))
         while process.poll() is None and (not state.exists() or load_state(state)["step"] <= reached):
-            assert time.monotonic() - began < 600, "no progress"
+            assert time.monotonic() - began < TIMEOUT, "no progress"
             time.sleep(0.02)
         time.sleep(moments.uniform(0, 0.5))
         process.kill()
-        process.communicate()
+        process.communicate(TIMEOUT)
         lines = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
         logged = max(json.loads(line)["step"] for line in lines)
         saved = load_state(state)["step"]
@@ -374,5 +369,7 @@ def test_a_killed_run_resumes_and_leaves_no_unreadable_file(tiny_settings, tmp_p
         assert saved >= reached
         load_weights(folder / "last.safetensors", CPU)
         reached = saved
-    subprocess.run([*command, "--resume"], check=True, capture_output=True, env=environment)
+    process = start_cluda(*command, "--resume")
+    talk, _ = process.communicate(TIMEOUT)
+    assert process.returncode == 0, talk
     assert load_state(state)["step"] == 60

@@ -47,7 +47,7 @@ def run_two_processes(command):
         for rank in "01"
     ]
     try:
-        said = [process.communicate(timeout=300)[1] for process in processes]
+        said = [process.communicate(timeout=600)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -1,0 +1,19 @@
+"""What a process of `start_cluda` in conftest.py does; `arguments` and `output` are set by whoever starts it."""
+
+import os
+import sys
+from functools import partial
+
+import torch
+
+from cluda_cli.cli import main
+from cluda_cli.distributed import launch
+
+if __name__ == "__main__":
+    for descriptor in (1, 2):
+        os.dup2(output.fileno(), descriptor)  # noqa: F821
+    output.close()  # noqa: F821
+    torch.set_num_threads(1)
+    launch.start_processes = partial(launch.start_processes, start_method="fork")  # ranks need no imports either
+    sys.argv = ["cluda", *arguments]  # noqa: F821
+    main()

@@ -23,9 +23,9 @@ from cluda_cli.data.cache import Box, Cache
 from cluda_cli.data.index import Index, Item
 from cluda_cli.data.labels import CITYSCAPES, IGNORE, ClassTable
 from cluda_cli.files import write_json
-from cluda_cli.models.segmenter import Segmenter
+from cluda_cli.models.encoders import build_encoder
 from cluda_cli.preparation.caching import write_cache
-from cluda_cli.settings import Settings
+from cluda_cli.settings import Model, Settings
 
 GOLDEN = Path(__file__).parent / "golden"
 Golden = Callable[[str], tuple[dict[str, Tensor], dict[str, Any]]]
@@ -58,18 +58,18 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def fork_server() -> None:
-    """Loader processes, and those of `start_cluda`, are forked from one process that has everything imported."""
+    """Loader processes, and those of `start_forked`, are forked from one process that has everything imported."""
     multiprocessing.set_forkserver_preload(["cluda_cli.commands.train"])
     forkserver.ensure_running()
 
 
-class ForkedCluda:
-    """A `cluda` as on the command line, without the seconds of its imports. It has the interface of a Popen."""
+class Forked:
+    """`cluda` or a script, without the seconds of its imports. It has the interface of a Popen."""
 
-    def __init__(self, arguments: list[str]) -> None:
+    def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
         self._said, output = multiprocessing.Pipe(duplex=False)
-        variables = {"arguments": arguments, "output": output}
-        command = (Path(__file__).parent / "forked_cluda.py", variables, "__main__")
+        variables = {"arguments": arguments, "environment": environment, "output": output}
+        command = (Path(__file__).parent / "forked.py", variables, "__main__")
         self._process = multiprocessing.get_context("forkserver").Process(target=runpy.run_path, args=command)
         self._process.start()
         output.close()
@@ -106,12 +106,12 @@ class ForkedCluda:
 
 
 @pytest.fixture
-def start_cluda(fork_server: None) -> Iterator[Callable[..., ForkedCluda]]:
-    """`start_cluda("train", ...)`: a `cluda` in a process of its own, which ends with the test."""
-    started: list[ForkedCluda] = []
+def start_forked(fork_server: None) -> Iterator[Callable[..., Forked]]:
+    """`start_forked("cluda", "train", ...)`, or with the path of a script: a process, which ends with the test."""
+    started: list[Forked] = []
 
-    def start(*arguments: object) -> ForkedCluda:
-        started.append(ForkedCluda([str(argument) for argument in arguments]))
+    def start(*arguments: object, **environment: str) -> Forked:
+        started.append(Forked([str(argument) for argument in arguments], environment))
         return started[-1]
 
     yield start
@@ -137,6 +137,7 @@ def full_disk() -> Callable[[], AbstractContextManager[None]]:
 
 TINY_CLASSES = ClassTable(tuple(c for c in CITYSCAPES if c.name in {"road", "building", "sky", "person", "car"}))
 TINY_SIZE = (48, 80)
+TINY_ENCODER = "test_efficientnet"
 
 
 def write_dataset(data_root: Path, name: str, seed: int, *, labelled_train: bool = True, images: int = 4) -> Index:
@@ -166,12 +167,16 @@ def write_dataset(data_root: Path, name: str, seed: int, *, labelled_train: bool
     return index
 
 
+def write_tiny_data(folder: Path) -> Path:
+    """A data root with the prepared datasets `clean` (labelled) and `noisy` (labels for validation only)."""
+    write_dataset(folder / "data", "clean", seed=1)
+    write_dataset(folder / "data", "noisy", seed=2, labelled_train=False)
+    return folder / "data"
+
+
 @pytest.fixture
 def tiny_data(tmp_path: Path) -> Path:
-    """A data root with the prepared datasets `clean` (labelled) and `noisy` (labels for validation only)."""
-    write_dataset(tmp_path / "data", "clean", seed=1)
-    write_dataset(tmp_path / "data", "noisy", seed=2, labelled_train=False)
-    return tmp_path / "data"
+    return write_tiny_data(tmp_path)
 
 
 @pytest.fixture
@@ -200,21 +205,41 @@ def store_noise(noise_index: Index) -> Callable[..., Cache]:
     return store
 
 
-@pytest.fixture
-def tiny_settings(tiny_data: Path, tmp_path: Path) -> Settings:
-    """Every objective on, with encoder weights from a file, at a size that takes a few steps a second."""
-    settings = presets.load(["daformer-cluda"], {
-        "data": {"source": "clean", "target": "noisy", "root": str(tiny_data), "crop": [32, 48],
-                 "source_box": False, "target_box": False, "workers": 0},
-        "model": {"encoder": "test_efficientnet", "weights": str(tmp_path / "encoder.safetensors"),
-                  "decoder": {"embed_dim": 8, "channels": 8}},
-        "optimizer": {"lr": 1e-3, "decoder_lr_factor": 1.0, "warmup": 2},
-        "training": {"steps": 6, "validate_every": 4, "save_every": 2, "log_every": 1, "pictures_every": 3,
-                     "device": "cpu"},
-        "objectives": {"feature_distance": {"min_share": 0.3}},
-    })  # fmt: skip
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of the encoder of `tiny_settings`, to be read only."""
+    path = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        encoder = Segmenter(settings.model, 5).encoder
-    save_file(encoder.state_dict(), tmp_path / "encoder.safetensors")
-    return settings
+        encoder = build_encoder(Model(encoder=TINY_ENCODER, weights=False))
+    save_file(encoder.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_tiny_settings(tiny_encoder: Path) -> Callable[[Path], Settings]:
+    """Every objective on, with encoder weights from a file, at a size that takes many steps a second.
+
+    The data are written into the `data` folder of the given one, unless they are there.
+    """
+
+    def make(folder: Path) -> Settings:
+        data = folder / "data"
+        return presets.load(["daformer-cluda"], {
+            "data": {"source": "clean", "target": "noisy",
+                     "root": str(data if data.exists() else write_tiny_data(folder)), "crop": [32, 48],
+                     "source_box": False, "target_box": False, "workers": 0},
+            "model": {"encoder": TINY_ENCODER, "weights": str(tiny_encoder),
+                      "decoder": {"embed_dim": 8, "channels": 8}},
+            "optimizer": {"lr": 1e-3, "decoder_lr_factor": 1.0, "warmup": 2},
+            "training": {"steps": 6, "validate_every": 4, "save_every": 2, "log_every": 1, "pictures_every": 3,
+                         "device": "cpu"},
+            "objectives": {"feature_distance": {"min_share": 0.3}},
+        })  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def tiny_settings(make_tiny_settings: Callable[[Path], Settings], tmp_path: Path) -> Settings:
+    return make_tiny_settings(tmp_path)

@@ -79,7 +79,7 @@ STEADY = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", [False, True], ids=["replicated", "sharded"])
-def test_a_run_goes_on_with_another_number_of_processes(tiny_settings, tmp_path, start_cluda, shard):
+def test_a_run_goes_on_with_another_number_of_processes(tiny_settings, tmp_path, start_forked, shard):
     """One, two and one again give what one gives, and the first process alone writes and talks.
 
     The replicated run is started as a user starts it; the others of this file are forked.
@@ -90,7 +90,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny_settings, tmp_path,
     train(at[2], tmp_path / "parts")
     options = ["--resume", "--steps", "4", "--devices", "2", "--set", f"training.shard={str(shard).lower()}"]
     if shard:
-        process = start_cluda("train", "--run", tmp_path / "parts", *options)
+        process = start_forked("cluda", "train", "--run", tmp_path / "parts", *options)
     else:
         process = start(tmp_path / "parts", *options, runner=CLUDA)
     said, _ = process.communicate(timeout=TIMEOUT)
@@ -124,11 +124,11 @@ def break_a_file_of_the_second_process(settings):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("runner", ["devices", "torchrun"])
-def test_what_fails_in_one_process_is_told_once(tiny_settings, tmp_path, start_cluda, runner):
+def test_what_fails_in_one_process_is_told_once(tiny_settings, tmp_path, start_forked, runner):
     broken = break_a_file_of_the_second_process(tiny_settings)
     options = [*preset(tiny_settings, tmp_path / "settings.json"), "--devices", "2"]
     if runner == "devices":
-        process = start_cluda("train", "--run", tmp_path / "x", *options)
+        process = start_forked("cluda", "train", "--run", tmp_path / "x", *options)
     else:
         process = start(tmp_path / "x", *options, runner=TORCHRUN)
     said, _ = process.communicate(timeout=TIMEOUT)
@@ -155,13 +155,13 @@ def ranks(process):
 
 
 @pytest.fixture
-def begin(tiny_settings, tmp_path, start_cluda):
+def begin(tiny_settings, tmp_path, start_forked):
     """Start a run of two processes and wait for its first step; gives its process and folder."""
 
     def arrange(**changes):
         settings = changed(tiny_settings, {"training": {"steps": 10_000}} | changes)
         options = [*preset(settings, tmp_path / "settings.json"), "--devices", "2"]
-        process = start_cluda("train", "--run", tmp_path / "x", *options)
+        process = start_forked("cluda", "train", "--run", tmp_path / "x", *options)
         wait_for_steps(process, tmp_path / "x")
         return process, tmp_path / "x"
 

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -36,15 +35,14 @@ def test_version():
     assert run(app, ["--version"]).output == f"cluda {__version__}\n"
 
 
-@pytest.mark.slow
-def test_help_is_quick():
-    """Without torch this takes a tenth of a second; with it several. Not a benchmark: a wide bound on the best of 3."""
-    times = []
-    for _ in range(3):
-        began = time.monotonic()
-        subprocess.run([sys.executable, "-m", "cluda_cli", "--help"], check=True, capture_output=True)
-        times.append(time.monotonic() - began)
-    assert min(times) < 1.5
+def test_help_is_answered_without_torch():
+    """Its import alone takes seconds; without it help takes a tenth of one."""
+    code = "import sys; from cluda_cli.cli import app; app(['--help'], standalone_mode=False); "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "cluda train" in done.stdout
 
 
 def test_presets_are_listed_with_their_first_line():

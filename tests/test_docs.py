@@ -27,7 +27,7 @@ PAGES = ["README.md", *sorted(p.relative_to(REPOSITORY).as_posix() for p in REPO
 # Laid over every shown `train` and `bench`, so that it takes seconds; the method stays the one that is shown.
 TINY = [
     *("data.crop=[48,64]", "data.source_box=[48,80]", "data.target_box=[48,80]", "data.workers=0"),
-    *("data.target_margins=[0,0,0,0]", "model.encoder=mobilenetv2_050", "model.weights=false"),
+    *("data.target_margins=[0,0,0,0]", "model.encoder=test_efficientnet", "model.weights=false"),
     *("model.decoder.embed_dim=8", "model.decoder.channels=8", "objectives.feature_distance=false"),
     *("training.steps=1", "training.device=cpu"),
 ]

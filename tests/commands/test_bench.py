@@ -14,7 +14,7 @@ from cluda_cli.commands import bench as verb
 
 TINY = {
     "data": {"crop": [32, 48], "target_box": [48, 80], "workers": 0},
-    "model": {"encoder": "mobilenetv2_050", "weights": "imagenet", "decoder": {"embed_dim": 8, "channels": 8}},
+    "model": {"encoder": "test_efficientnet", "weights": "imagenet", "decoder": {"embed_dim": 8, "channels": 8}},
     "training": {"steps": 4000, "validate_every": 1500, "device": "cpu"},
 }
 

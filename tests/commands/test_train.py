@@ -3,9 +3,8 @@
 import json
 import os
 import random
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -25,6 +24,7 @@ from cluda_cli.errors import DataError, Interrupted, RunError, SettingsError
 from cluda_cli.inference.weights_file import load_weights
 
 CPU = torch.device("cpu")
+TIMEOUT = 600  # seconds, for machines with much else to do
 
 
 def with_training(settings, **values):
@@ -69,15 +69,23 @@ def stop_after(monkeypatch):
     return arrange
 
 
-def test_a_run_leaves_what_it_promises(tiny_settings, tmp_path):
-    folder = tmp_path / "runs" / "x"
-    train(tiny_settings, folder)
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, make_tiny_settings):
+    """The folder of a run of `tiny_settings` that was never stopped, to be read only."""
+    place = tmp_path_factory.mktemp("whole")
+    torch.set_num_threads(1)
+    train(make_tiny_settings(place), place / "run")
+    return place / "run"
+
+
+def test_a_run_leaves_what_it_promises(whole, make_tiny_settings):
+    folder = whole
     files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert files == {
         "settings.json", "manifest.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "resume/state.pt",
         "pictures/000003.png", "pictures/000006.png",
     }  # fmt: skip
-    assert presets.load([str(folder / "settings.json")]) == tiny_settings
+    assert presets.load([str(folder / "settings.json")]) == make_tiny_settings(whole.parent)
     lines = metrics(folder)
     assert [line["step"] for line in lines if "terms" in line] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if "miou" in line] == [4, 6]
@@ -99,36 +107,44 @@ TWO_RESOLUTIONS = {
 MICRO_BATCHES = {"model": {"freeze_batch_norm": True}, "data": {"batch_size": 3}, "training": {"micro_batch": 2}}
 
 
-@pytest.mark.parametrize(
-    ("stop", "changes"),
-    [
-        pytest.param(1, {}, id="1"),
-        pytest.param(3, {}, id="3"),
-        pytest.param(4, {}, id="4"),
-        pytest.param(3, TWO_RESOLUTIONS, id="two resolutions"),
-        pytest.param(3, presets.merge(TWO_RESOLUTIONS, MICRO_BATCHES), id="two resolutions in micro-batches"),
-    ],
-)
+@pytest.fixture
+def assert_resume_is_exact(stop_after, monkeypatch):
+    """Stop a run after a step, resume it, and compare its folder with that of one that never stopped."""
+
+    def compare(settings, whole, parts, stop):
+        with monkeypatch.context():
+            stop_after(stop)
+            with pytest.raises(Interrupted, match=f"stopped after step {stop}, state saved"):
+                train(settings, parts)
+            monkeypatch.undo()
+        assert load_state(parts / "resume" / "state.pt")["step"] == stop
+        torch.manual_seed(999)
+        train(settings, parts, resume=True)
+        states = [load_state(folder / "resume" / "state.pt") for folder in (whole, parts)]
+        assert_same(*states)
+        head = any(name.startswith("pixel_contrast.weighter") for name in states[0]["objectives"])
+        assert head == bool(settings.model.multires)
+        assert metrics(whole) == metrics(parts)
+        for name in ("best.safetensors", "last.safetensors"):
+            assert_same(load_file(whole / name), load_file(parts / name))
+
+    return compare
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4])
 def test_a_stopped_and_resumed_run_equals_one_that_never_stopped(
-    tiny_settings, tmp_path, stop_after, monkeypatch, stop, changes
+    tiny_settings, tmp_path, whole, assert_resume_is_exact, stop
 ):
-    settings = presets.validate(presets.merge(tiny_settings.model_dump(mode="json"), changes))
+    assert_resume_is_exact(tiny_settings, whole, tmp_path / "parts", stop)
+
+
+@pytest.mark.parametrize("changes", [{}, MICRO_BATCHES], ids=["whole batches", "micro-batches"])
+def test_resume_is_exact_with_two_resolutions(tiny_settings, tmp_path, assert_resume_is_exact, changes):
+    """Stopped in the step in which mixed images begin to show the most uncertain detail."""
+    tree = presets.merge(presets.merge(TWO_RESOLUTIONS, changes), {"training": {"steps": 4, "validate_every": 2}})
+    settings = presets.validate(presets.merge(tiny_settings.model_dump(mode="json"), tree))
     train(settings, tmp_path / "whole")
-    with monkeypatch.context():
-        stop_after(stop)
-        with pytest.raises(Interrupted, match=f"stopped after step {stop}, state saved"):
-            train(settings, tmp_path / "parts")
-        monkeypatch.undo()
-    assert load_state(tmp_path / "parts" / "resume" / "state.pt")["step"] == stop
-    torch.manual_seed(999)
-    train(settings, tmp_path / "parts", resume=True)
-    states = [load_state(tmp_path / name / "resume" / "state.pt") for name in ("whole", "parts")]
-    assert_same(*states)
-    head = any(name.startswith("pixel_contrast.weighter") for name in states[0]["objectives"])
-    assert head == bool(settings.model.multires)
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
-    for name in ("best.safetensors", "last.safetensors"):
-        assert_same(load_file(tmp_path / "whole" / name), load_file(tmp_path / "parts" / name))
+    assert_resume_is_exact(settings, tmp_path / "whole", tmp_path / "parts", 3)
 
 
 def test_sigterm_saves_like_ctrl_c(tiny_settings, tmp_path, stop_after):
@@ -140,19 +156,20 @@ def test_sigterm_saves_like_ctrl_c(tiny_settings, tmp_path, stop_after):
     assert load_state(tmp_path / "x" / "resume" / "state.pt")["step"] == 2
 
 
-def test_a_request_during_validation_stops_there_and_resume_validates_again(tiny_settings, tmp_path, monkeypatch):
-    train(tiny_settings, tmp_path / "whole")
+def test_a_request_during_validation_stops_there_and_resume_validates_again(
+    tiny_settings, tmp_path, whole, monkeypatch
+):
     honest = verb.score
     with monkeypatch.context() as patch:
         patch.setattr(verb, "score", lambda *a, **k: os.kill(os.getpid(), signal.SIGINT) or honest(*a, **k))
         with pytest.raises(Interrupted, match="stopped after step 4"):
             train(tiny_settings, tmp_path / "parts")
     train(tiny_settings, tmp_path / "parts", resume=True)
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    assert metrics(whole) == metrics(tmp_path / "parts")
 
 
-def test_a_finished_run_has_nothing_to_resume(tiny_settings, tmp_path, capsys):
-    train(tiny_settings, tmp_path / "x")
+def test_a_finished_run_has_nothing_to_resume(tiny_settings, tmp_path, whole, capsys):
+    shutil.copytree(whole, tmp_path / "x")
     before = metrics(tmp_path / "x")
     train(tiny_settings, tmp_path / "x", resume=True)
     assert metrics(tmp_path / "x") == before
@@ -210,8 +227,7 @@ def test_settings_changed_on_resume_act_and_are_kept(tiny_settings, tmp_path):
         train(with_training(tiny_settings, steps=3), folder, resume=True)
 
 
-def test_a_request_while_best_weights_are_written_loses_nothing(tiny_settings, tmp_path, monkeypatch):
-    train(tiny_settings, tmp_path / "whole")
+def test_a_request_while_best_weights_are_written_loses_nothing(tiny_settings, tmp_path, whole, monkeypatch):
     honest = RunFolder.save_best
 
     def save_best(files, run):
@@ -223,8 +239,8 @@ def test_a_request_while_best_weights_are_written_loses_nothing(tiny_settings, t
         with pytest.raises(Interrupted):
             train(tiny_settings, tmp_path / "parts")
     train(tiny_settings, tmp_path / "parts", resume=True)
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
-    assert_same(*(load_file(tmp_path / name / "best.safetensors") for name in ("whole", "parts")))
+    assert metrics(whole) == metrics(tmp_path / "parts")
+    assert_same(*(load_file(folder / "best.safetensors") for folder in (whole, tmp_path / "parts")))
 
 
 def test_a_request_is_answered_before_a_validation_that_is_due(tiny_settings, tmp_path, stop_after, monkeypatch):
@@ -318,7 +334,7 @@ def test_the_teacher_can_be_the_network_that_is_kept(tiny_settings, tmp_path):
     assert_same({f"network.{k}": v for k, v in deployed.network.state_dict().items()}, dict(teacher))
 
 
-def test_resume_is_exact_with_loader_processes(tiny_settings, tmp_path, stop_after, monkeypatch):
+def test_resume_is_exact_with_loader_processes(fork_server, tiny_settings, tmp_path, stop_after, monkeypatch):
     tree = with_training(tiny_settings, steps=3).model_dump(mode="json")
     settings = presets.validate(presets.merge(tree, {"data": {"workers": 1}}))
     train(settings, tmp_path / "whole")
@@ -333,45 +349,41 @@ def test_resume_is_exact_with_loader_processes(tiny_settings, tmp_path, stop_aft
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
-def test_loader_processes_end_with_the_run(tiny_settings, tmp_path, number):
+def test_loader_processes_end_with_the_run(tiny_settings, tmp_path, start_forked, number):
     settings = tmp_path / "settings.json"
     tree = with_training(tiny_settings, steps=1000).model_dump(mode="json")
     settings.write_text(json.dumps(presets.merge(tree, {"data": {"workers": 1}})))
-    command = [sys.executable, "-m", "cluda_cli", "train", "--preset", str(settings), "--run", str(tmp_path / "x")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    process = start_forked("cluda", "train", "--preset", settings, "--run", tmp_path / "x")
+    deadline = time.monotonic() + TIMEOUT
     while not (tmp_path / "x" / "metrics.jsonl").exists():  # the first step is done, with a loader process
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(number)
-    _, talk = process.communicate(timeout=60)  # ends when no process holds the pipe any more
+    talk, _ = process.communicate(TIMEOUT)  # ends when no process holds the pipe any more
     if number == signal.SIGTERM:
         assert process.returncode == 130
         assert f"resume with: cluda train --run {tmp_path / 'x'} --resume" in talk
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_and_leaves_no_unreadable_file(tiny_settings, tmp_path):
+def test_a_killed_run_resumes_and_leaves_no_unreadable_file(tiny_settings, tmp_path, start_forked):
     """SIGKILL at random moments, several times over one run; nothing past the last save interval is lost."""
     folder = tmp_path / "x"
     settings = tmp_path / "settings.json"
     settings.write_text(with_training(tiny_settings, steps=60, save_every=2, validate_every=7).model_dump_json())
-    command = [sys.executable, "-m", "cluda_cli", "train", "--preset", str(settings), "--run", str(folder)]
+    command = ["cluda", "train", "--preset", settings, "--run", folder]
     state, moments = folder / "resume" / "state.pt", random.Random(0)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # more threads than free cores would slow a tiny network down
     reached = 0
     for kill in range(4):
         began = time.monotonic()
-        process = subprocess.Popen(
-            [*command, *(["--resume"] if kill else [])], stderr=subprocess.PIPE, text=True, env=environment
-        )
+        process = start_forked(*command, *(["--resume"] if kill else []))
         while process.poll() is None and (not state.exists() or load_state(state)["step"] <= reached):
-            assert time.monotonic() - began < 600, "no progress"
+            assert time.monotonic() - began < TIMEOUT, "no progress"
             time.sleep(0.02)
         time.sleep(moments.uniform(0, 0.5))
         process.kill()
-        process.communicate()
+        process.communicate(TIMEOUT)
         lines = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
         logged = max(json.loads(line)["step"] for line in lines)
         saved = load_state(state)["step"]
@@ -379,5 +391,7 @@ def test_a_killed_run_resumes_and_leaves_no_unreadable_file(tiny_settings, tmp_p
         assert saved >= reached
         load_weights(folder / "last.safetensors", CPU)
         reached = saved
-    subprocess.run([*command, "--resume"], check=True, capture_output=True, env=environment)
+    process = start_forked(*command, "--resume")
+    talk, _ = process.communicate(TIMEOUT)
+    assert process.returncode == 0, talk
     assert load_state(state)["step"] == 60

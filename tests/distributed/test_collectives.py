@@ -3,12 +3,9 @@
 import copy
 import errno
 import json
-import os
 import pickle
 import runpy
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +15,6 @@ from timm.layers import SyncBatchNormAct
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import cluda_cli
 from cluda_cli import presets
 from cluda_cli.commands.train import train
 from cluda_cli.distributed import collectives
@@ -29,31 +25,12 @@ from cluda_cli.models.mit import VARIANTS
 from cluda_cli.models.segmenter import Segmenter
 
 WORKER = Path(__file__).parent / "two_processes.py"
-ROOT = str(Path(cluda_cli.__file__).parents[1])
+TIMEOUT = 600  # seconds, for machines with much else to do
 SECOND_OF_TWO = Place(rank=1, local_rank=1, world_size=2, prints=False)
 
 
 def changed(settings, tree):
     return presets.validate(presets.merge(settings.model_dump(mode="json"), tree))
-
-
-def run_two_processes(command):
-    """Run a command in two processes, as torchrun does; gives their exit codes and what they wrote to stderr."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
-    shared |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(command, env=shared | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
-        for rank in "01"
-    ]
-    try:
-        said = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [process.returncode for process in processes], said
 
 
 # No batch norms, because torch does not synchronise them on CPUs, and no dropout, whose masks depend on the rank.
@@ -86,7 +63,7 @@ def with_biases(settings, path):
 
 
 @pytest.mark.slow
-def test_two_processes_compute_what_one_does(tiny_settings, tmp_path, monkeypatch):
+def test_two_processes_compute_what_one_does(tiny_settings, tmp_path, monkeypatch, start_forked):
     """Terms, gradients, parameters, buffers, teacher, moments and scores, replicated and sharded."""
     worker = runpy.run_path(str(WORKER))
     monkeypatch.setitem(VARIANTS, "mit_b0", worker["NARROW"])
@@ -97,8 +74,12 @@ def test_two_processes_compute_what_one_does(tiny_settings, tmp_path, monkeypatc
         sharded = changed(settings, {"training": {"shard": True}})
         (tmp_path / f"{name}-sharded.json").write_text(sharded.model_dump_json())
     runs = [f"{name}{kind}" for name in cases for kind in ("", "-sharded")]
-    codes, said = run_two_processes([sys.executable, str(WORKER), str(tmp_path), *runs])
-    assert codes == [0, 0], said
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    processes = [start_forked(WORKER, tmp_path, *runs, RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01"]
+    said = [process.communicate(TIMEOUT)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
     for name, settings in cases.items():
         expected = worker["outcome"](settings)
         assert all(value > 0 for value in expected["terms 1"].values())

@@ -180,6 +180,7 @@ def test_the_global_generator_decides_nothing(tiny_settings):
 STAND_INS = {
     "mit_b5": "mit_b0",
     "resnet101c": "test_resnet",
+    "mobilenetv2_100": "test_efficientnet",
     "swin_large_patch4_window12_384": "swin_tiny_patch4_window7_224",
     "vit_base_patch14_dinov2": "test_vit",
 }

@@ -97,6 +97,7 @@ TWO_RESOLUTIONS = {
     "masking": {"block": 16},
     "objectives": {"masked": {}, "pixel_contrast": {"size": 7, "weighter_dim": 8}},
 }
+ANCHORS = {"objectives": {"anchor_contrast": {"anchors": 4, "projection_dim": 8, "min_probability": 0}}}
 MICRO_BATCHES = {"model": {"freeze_batch_norm": True}, "data": {"batch_size": 3}, "training": {"micro_batch": 2}}
 
 
@@ -105,7 +106,7 @@ MICRO_BATCHES = {"model": {"freeze_batch_norm": True}, "data": {"batch_size": 3}
     [
         pytest.param(1, {}, id="1"),
         pytest.param(3, {}, id="3"),
-        pytest.param(4, {}, id="4"),
+        pytest.param(4, ANCHORS, id="4"),
         pytest.param(3, TWO_RESOLUTIONS, id="two resolutions"),
         pytest.param(3, presets.merge(TWO_RESOLUTIONS, MICRO_BATCHES), id="two resolutions in micro-batches"),
     ],

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cluda_cli import settings
 from cluda_cli.adaptation.views import Seen, View
+from cluda_cli.distributed import collectives
 from cluda_cli.models.segmenter import Output
 from cluda_cli.objectives import anchor_contrast
 from cluda_cli.objectives.anchor_contrast import LAST, AnchorContrast, anchor_places, mean_contrast
@@ -236,6 +237,28 @@ def test_draws_follow_the_seed_of_the_view(contrasted: list[tuple[Tensor, Tensor
     (one, _), (again, _), (other, _) = contrasted
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
+
+
+def test_two_ranks_choose_and_contrast_the_anchors_of_the_joint_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cap binds. Each rank has one image of every view; what the other one gathers is recorded first."""
+    objective = build("source", "mixed", anchors=10, max_anchors=40)
+    seen = [see("source", 1), see("mixed", 2)]
+    expected = objective(*seen)
+    (wanted,) = torch.autograd.grad(expected, seen[1].output.features, retain_graph=True)
+    ranks = [
+        [Seen(replace(o, logits=o.logits[i], features=o.features[i]), v.part(i)) for o, v in seen]
+        for i in (slice(0, 1), slice(1, 2))
+    ]
+    sent: list[list[Tensor]] = [[], []]
+    for rank, rows in zip(ranks, sent, strict=True):
+        monkeypatch.setattr(collectives, "all_gather_rows", lambda one, rows=rows: rows.append(one) or one)
+        objective(*rank)
+    joint = iter([torch.cat(pair) for pair in zip(*sent, strict=True)])
+    monkeypatch.setattr(collectives, "all_gather_rows", lambda _: next(joint))
+    value = objective(*ranks[0])
+    torch.testing.assert_close(value, expected)
+    (gradient,) = torch.autograd.grad(value, seen[1].output.features)
+    torch.testing.assert_close(gradient, wanted)
 
 
 def test_halves_are_computed_in_float32_under_autocast() -> None:

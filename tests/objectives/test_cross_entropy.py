@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cluda_cli import settings
 from cluda_cli.adaptation.views import Seen, View
 from cluda_cli.data.labels import CITYSCAPES, ClassTable
+from cluda_cli.distributed import collectives
 from cluda_cli.models.boxes import Boxes
 from cluda_cli.models.segmenter import Detail, Output
 from cluda_cli.objectives import build_objectives
@@ -184,6 +185,23 @@ def test_settings_choose_hard_pixels_for_the_crop_and_its_detail() -> None:
     chosen = settings.Objectives(source=section, mixed=False, feature_distance=False, pixel_contrast=False)
     built = build_objectives(chosen, nn.Module(), ClassTable(CITYSCAPES))  # type: ignore[arg-type]
     assert built["source"](Seen(output, view)) == value
+
+
+def test_hard_pixels_are_those_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks with an image each, of which different numbers of pixels are hard: the mean of their values."""
+    output, view = seen()
+    hard = settings.HardPixels(threshold=0.2)
+    images = [tensor[i : i + 1] for i in range(2) for tensor in (output.logits, view.label, view.weight)]
+    expected = hard_cross_entropy(output.logits, view.label, view.weight, hard)
+    kept: list[Tensor] = []
+    monkeypatch.setattr(collectives, "all_reduce_sum", lambda count: kept.append(count) or count)
+    for rank in (images[:3], images[3:]):
+        hard_cross_entropy(*rank, hard)
+    assert kept[0] != kept[1]
+    monkeypatch.setattr(collectives, "all_reduce_sum", lambda _: sum(kept))
+    monkeypatch.setattr(collectives, "world_size", lambda: 2)
+    values = [hard_cross_entropy(*rank, hard) for rank in (images[:3], images[3:])]
+    torch.testing.assert_close(sum(values) / 2, expected)
 
 
 def test_hard_pixels_without_labels_are_exactly_zero_and_connected() -> None:

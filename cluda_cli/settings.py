@@ -5,7 +5,7 @@ Defaults are the values of the papers (CLUDA on DAFormer, GTA5 -> Cityscapes), s
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -243,6 +243,22 @@ class CrossEntropy(Objective):
     """Share of the detail crop's own cross-entropy in the term; networks of one resolution have no detail."""
 
 
+class HardPixels(Section):
+    """Learn from the hard pixels alone: online bootstrapping (Wu et al., arXiv 1605.06885)."""
+
+    threshold: float = Field(0.7, gt=0, le=1)
+    """A pixel is hard while the student gives its label a probability below this."""
+    min_share: float = Field(1 / 16, gt=0, le=1)
+    """At least this share of the labelled pixels of every image is kept, the hardest ones."""
+
+
+class SourceCrossEntropy(CrossEntropy):
+    """Cross-entropy on source images, on the whole crop and on its detail."""
+
+    hard_pixels: Optional[HardPixels] = None
+    """Mean over hard pixels in place of the mean over all pixels; false takes all."""
+
+
 class FeatureDistance(Objective):
     """Distance of thing-class features to the frozen pretrained encoder (DAFormer, section 3.3)."""
 
@@ -265,10 +281,27 @@ class PixelContrast(Objective):
     """Channels of the head that learns, for networks with context and detail, how much detail counts in a pair."""
 
 
+class AnchorContrast(Objective):
+    """Contrast of a few pixels of every class and image, the anchors, behind a projection head (arXiv 2101.11939)."""
+
+    weight: float = Field(0.1, ge=0)
+    """Factor of the term in the total loss."""
+    temperature: float = Field(0.1, ge=0.02)
+    """Divisor of the cosine similarity."""
+    projection_dim: int = Field(256, ge=1)
+    """Channels of the projection head, hidden and final."""
+    anchors: int = Field(50, ge=2)
+    """Anchors of one class in one image, at most; half of them misclassified, where there are so many."""
+    max_anchors: int = Field(2048, ge=2)
+    """Anchors of a batch, source and mixed images together, at most; all classes of all images lose alike."""
+    min_probability: float = Field(0.968, ge=0, le=1)
+    """A pixel with a pseudo-label can be an anchor if the teacher gives the label at least this probability."""
+
+
 class Objectives(Section):
     """The terms of the loss."""
 
-    source: Optional[CrossEntropy] = CrossEntropy()
+    source: Optional[SourceCrossEntropy] = SourceCrossEntropy()
     """Cross-entropy on labelled source images; false switches it off."""
     mixed: Optional[CrossEntropy] = CrossEntropy()
     """Cross-entropy on class-mixed images with pseudo-labels; false switches it off."""
@@ -278,6 +311,8 @@ class Objectives(Section):
     """Distance to the pretrained encoder on source images; false switches it off."""
     pixel_contrast: Optional[PixelContrast] = PixelContrast()
     """Contrast on source images and, if `mixed` is on, on mixed images; false switches it off."""
+    anchor_contrast: Optional[AnchorContrast] = None
+    """Contrast of anchors in source images and, if `mixed` is on, in mixed images; false switches it off."""
 
 
 class Optimizer(Section):
@@ -410,11 +445,15 @@ def _section_markdown(path: str, section: Section) -> list[str]:
     nested = []
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
+        tables = [t for t in get_args(field.annotation) if isinstance(t, type) and issubclass(t, Section)]
         if isinstance(value, Section):
             nested += _section_markdown(f"{path}.{name}", value)
             if not field.description:
                 continue
             shown = "on"
+        elif value is None and tables:
+            nested += _section_markdown(f"{path}.{name}", tables[0]())
+            shown = "off"
         else:
             shown = _toml(value)
         description = " ".join((field.description or "").split())

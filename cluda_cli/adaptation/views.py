@@ -34,12 +34,18 @@ class View:
     boxes: Boxes | None = None  # where a student of two resolutions looks closely; None: where it is least certain
     pseudo_label: Tensor | None = None  # B H W, int64, of the target images of a mixed view, 255 = no pseudo-label
     truth: Tensor | None = None  # B H W, bool, where the label is ground truth; None: nowhere
+    seed: Tensor | None = None  # B, int64 on the CPU, for what objectives draw in each image
 
     def part(self, images: slice) -> Self:
         """The view of some of its images."""
-        maps = ("image", "label", "weight", "probability", "pseudo_label", "truth")
+        maps = ("image", "label", "weight", "probability", "pseudo_label", "truth", "seed")
         chosen = {name: None if (value := getattr(self, name)) is None else value[images] for name in maps}
         return replace(self, boxes=self.boxes and self.boxes.part(images), **chosen)
+
+    def generators(self, purpose: str) -> list[torch.Generator]:
+        """A generator on the CPU for each image: (run seed, view, step, position of the image, purpose) decide."""
+        assert self.seed is not None
+        return [torch.Generator().manual_seed(derive_seed(seed, purpose)) for seed in self.seed.tolist()]
 
 
 class Seen(NamedTuple):
@@ -77,9 +83,12 @@ class Scene:
 
     def generators(self, purpose: str) -> list[torch.Generator]:
         """A generator on the CPU for each image: (seed, purpose, step, position of the image) decide."""
+        return [torch.Generator().manual_seed(seed) for seed in self.seeds(purpose)]
+
+    def seeds(self, purpose: str) -> list[int]:
+        """A seed for each image, as for `generators`."""
         count = len(self.batch["target"].image)
-        seeds = (derive_seed(self.seed, purpose, self.step, self.first + i) for i in range(count))
-        return [torch.Generator().manual_seed(seed) for seed in seeds]
+        return [derive_seed(self.seed, purpose, self.step, self.first + i) for i in range(count)]
 
     @cached_property
     def source(self) -> Domain:

@@ -84,7 +84,7 @@ def join_groups(objectives: Iterable[Objective], order: Sequence[str]) -> list[G
 def _make_view(run: Run, name: str, scene: Scene, objectives: Iterable[Objective]) -> View:
     """A view, as its maker and the objectives that edit it want it; the teacher has the precision of the student."""
     with span("views"), _precision(run):
-        view = replace(run.makers[name](scene), name=name)
+        view = replace(run.makers[name](scene), name=name, seed=torch.tensor(scene.seeds(f"objectives {name}")))
         for objective in objectives:
             view = objective.edit(view, scene)
     return view

@@ -8,6 +8,7 @@ from cluda_cli.data.labels import ClassTable
 from cluda_cli.errors import SettingsError
 from cluda_cli.models.multires import MultiResolution
 from cluda_cli.models.segmenter import Segmenter
+from cluda_cli.objectives.anchor_contrast import AnchorContrast
 from cluda_cli.objectives.cross_entropy import CrossEntropy
 from cluda_cli.objectives.feature_distance import FeatureDistance
 from cluda_cli.objectives.objective import Objective
@@ -24,7 +25,7 @@ def build_objectives(
     """
     chosen: dict[str, Objective] = {}
     if s.source:
-        chosen["source"] = CrossEntropy(s.source, "source", class_weights)
+        chosen["source"] = CrossEntropy(s.source, "source", class_weights, s.source.hard_pixels)
     if s.mixed:
         chosen["mixed"] = CrossEntropy(s.mixed, "mixed", class_weights)
     if s.masked:
@@ -35,6 +36,10 @@ def build_objectives(
         views = ("source", "mixed") if s.mixed else ("source",)
         channels = student.encoder.channels if isinstance(student, MultiResolution) else None
         chosen["pixel_contrast"] = PixelContrast(s.pixel_contrast, views, channels)
+    if s.anchor_contrast:
+        views = ("source", "mixed") if s.mixed else ("source",)
+        fused = student.decoder.classifiers()[0].in_channels
+        chosen["anchor_contrast"] = AnchorContrast(s.anchor_contrast, views, fused)
     return nn.ModuleDict(chosen)
 
 

@@ -104,6 +104,7 @@ TWO_RESOLUTIONS = {
     "masking": {"block": 16},
     "objectives": {"masked": {}, "pixel_contrast": {"size": 7, "weighter_dim": 8}},
 }
+ANCHORS = {"objectives": {"anchor_contrast": {"anchors": 4, "projection_dim": 8, "min_probability": 0}}}
 MICRO_BATCHES = {"model": {"freeze_batch_norm": True}, "data": {"batch_size": 3}, "training": {"micro_batch": 2}}
 
 
@@ -138,7 +139,7 @@ def test_a_stopped_and_resumed_run_equals_one_that_never_stopped(
     assert_resume_is_exact(tiny_settings, whole, tmp_path / "parts", stop)
 
 
-@pytest.mark.parametrize("changes", [{}, MICRO_BATCHES], ids=["whole batches", "micro-batches"])
+@pytest.mark.parametrize("changes", [ANCHORS, MICRO_BATCHES], ids=["anchors", "micro-batches"])
 def test_resume_is_exact_with_two_resolutions(tiny_settings, tmp_path, assert_resume_is_exact, changes):
     """Stopped in the step in which mixed images begin to show the most uncertain detail."""
     tree = presets.merge(presets.merge(TWO_RESOLUTIONS, changes), {"training": {"steps": 4, "validate_every": 2}})

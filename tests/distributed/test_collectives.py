@@ -40,6 +40,10 @@ CLUDA = {
     "teacher": {"confidence": 0.21},
     "optimizer": {"warmup": 0},
     "mixing": {"jitter_probability": 1.0, "blur_probability": 1.0},
+    "objectives": {
+        "source": {"hard_pixels": {}},
+        "anchor_contrast": {"projection_dim": 8, "anchors": 3, "max_anchors": 40, "min_probability": 0.2},
+    },
 }
 MIC = {
     "data": {"batch_size": 2, "crop": [128, 128]},

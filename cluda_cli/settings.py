@@ -137,7 +137,8 @@ class Model(Section):
     encoder: str = "mit_b5"
     """mit_b0 ... mit_b5, or a timm model: with feature maps at strides 4, 8, 16 and 32, or a plain ViT."""
     weights: str | Literal[False] = "imagenet"
-    """Encoder weights: "imagenet" (published ones, fetched once), a file, "hf-hub:owner/name@revision", or false."""
+    """Encoder weights: "imagenet" (published ones, fetched once; those of tf_efficientnet_lite0 are installed), a file,
+    "hf-hub:owner/name@revision", or false."""
     drop_path: float = Field(0.1, ge=0, lt=1)
     """Largest stochastic-depth rate of the encoder, where it has any."""
     freeze_batch_norm: bool = False

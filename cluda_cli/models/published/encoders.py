@@ -14,6 +14,7 @@ from timm.utils import natural_key
 from torch import Tensor
 
 from cluda_cli.errors import DataError, first_line
+from cluda_cli.models.published import efficientnet
 from cluda_cli.models.published.mit import to_release
 
 CONTAINERS = ("state_dict", "model", "model_state")
@@ -65,6 +66,8 @@ def to_encoder_names(tensors: Mapping[str, Tensor], encoder: str) -> Mapping[str
         return {n.replace("stem.7.", "bn1.").replace("stem.", "conv1."): tensor for n, tensor in named.items()}
     if encoder.partition(".")[0] == "mobilenetv2_100" and "features.0.0.weight" in named:
         return _from_torchvision(named, encoder)
+    if "_blocks.0._depthwise_conv.weight" in named and timm.is_model(encoder):
+        return efficientnet.to_timm_names(named, encoder)
     return to_release(named)
 
 
@@ -95,10 +98,18 @@ def classifier_prefixes(encoder: str) -> tuple[str, ...]:
     return tuple(f"{name.partition('.')[0]}." for name in names)
 
 
+def _names_of_whole(encoder: str) -> set[str]:
+    """Keys of the tensors of timm's whole network, of which the encoder is a part; none for other networks."""
+    if not timm.is_model(encoder):
+        return set()
+    with torch.device("meta"):  # names are enough
+        return {flat(name) for name in timm.create_model(encoder).state_dict()}
+
+
 def match_encoder(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], encoder: str) -> Match:
     """Match the tensors of a published encoder to the state of ours, in the layout that fits best.
 
-    Counters of batch norms and the classifier are left out of account.
+    Counters of batch norms, the classifier and what timm's network has before it are left out of account.
     """
     own = {name: tensor for name, tensor in own.items() if not name.endswith(COUNTER)}
     named = to_encoder_names(tensors, encoder)
@@ -106,9 +117,9 @@ def match_encoder(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], enco
     if len(best.fitting) < len(own):
         other = match_names(own, from_authors(named, encoder), key=flat)
         best = max(best, other, key=lambda match: len(match.fitting))
-    classifier = classifier_prefixes(encoder)
-    unexpected = (name for name in best.unexpected if not name.endswith(COUNTER) and not name.startswith(classifier))
-    return best._replace(unexpected=tuple(unexpected))
+    classifier, head = classifier_prefixes(encoder), _names_of_whole(encoder)
+    unexpected = [name for name in best.unexpected if not name.startswith(classifier) and flat(name) not in head]
+    return best._replace(unexpected=tuple(name for name in unexpected if not name.endswith(COUNTER)))
 
 
 def match_names(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], key: Callable[[str], str]) -> Match:

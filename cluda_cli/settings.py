@@ -259,6 +259,8 @@ class Optimizer(Section):
     """Learning rate of the encoder."""
     decoder_lr_factor: float = Field(10.0, gt=0)
     """The decoder learns this many times faster."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Learning rate of an encoder layer as a share of the next deeper one's; the last block has `lr`; 1: all alike."""
     weight_decay: float = Field(0.01, ge=0)
     """Decoupled weight decay; encoder norms of transformers have none."""
     warmup: int = Field(1500, ge=0)

@@ -106,6 +106,7 @@ MICRO_BATCHES = {"model": {"freeze_batch_norm": True}, "data": {"batch_size": 3}
         pytest.param(1, {}, id="1"),
         pytest.param(3, {}, id="3"),
         pytest.param(4, {}, id="4"),
+        pytest.param(1, {"optimizer": {"layer_decay": 0.9}}, id="layer decay"),
         pytest.param(3, TWO_RESOLUTIONS, id="two resolutions"),
         pytest.param(3, presets.merge(TWO_RESOLUTIONS, MICRO_BATCHES), id="two resolutions in micro-batches"),
     ],
@@ -130,6 +131,29 @@ def test_a_stopped_and_resumed_run_equals_one_that_never_stopped(
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
     for name in ("best.safetensors", "last.safetensors"):
         assert_same(load_file(tmp_path / "whole" / name), load_file(tmp_path / "parts" / name))
+
+
+@pytest.mark.parametrize("preset", ["dinov2-cluda", "dinov2-small"])
+def test_presets_of_dinov2_take_a_step(preset, tiny_settings, tmp_path):
+    """With a small vision transformer: six blocks, the deepest at the full rate, the patch embedding at 0.9^6 of it."""
+    small = {
+        "data": tiny_settings.data.model_dump(mode="json", include={"source", "target", "root", "crop", "workers"}),
+        "model": {"encoder": "test_vit", "weights": False, "decoder": {"embed_dim": 8, "channels": 8}},
+        "training": {"steps": 1, "pictures_every": 0, "device": "cpu"},
+    }
+    train(presets.load([preset], small), tmp_path / "x")
+    groups = load_state(tmp_path / "x" / "resume" / "state.pt")["optimizer"]["param_groups"]
+    rates = {group["name"]: group["base_lr"] for group in groups}
+    assert rates["encoder 0"] == pytest.approx(0.9**6 * rates["encoder 6"])
+    assert rates["decoder"] == pytest.approx(10 * rates["encoder 6"])
+    (terms,) = (row["terms"] for row in metrics(tmp_path / "x") if "terms" in row)
+    assert set(terms) == {
+        "source/source",
+        "mixed/mixed",
+        "masked/masked",
+        "source/pixel_contrast",
+        "mixed/pixel_contrast",
+    }
 
 
 def test_sigterm_saves_like_ctrl_c(tiny_settings, tmp_path, stop_after):
@@ -216,6 +240,9 @@ def test_settings_changed_on_resume_act_and_are_kept(tiny_settings, tmp_path):
     group = load_state(folder / "resume" / "state.pt")["optimizer"]["param_groups"][0]
     assert (group["base_lr"], group["weight_decay"]) == (1e-9, 0.5)
     assert presets.load([str(folder / "settings.json")]) == changed
+    layered = presets.validate(presets.merge(tree, {"optimizer": {"layer_decay": 0.9}}))
+    with pytest.raises(SettingsError, match="optimizer.layer_decay and model.freeze decide how many"):
+        train(layered, folder, resume=True)
     with pytest.raises(SettingsError, match="the run is at step 4, beyond 3"):
         train(with_training(tiny_settings, steps=3), folder, resume=True)
 

@@ -15,7 +15,7 @@ from cluda_cli.models.encoders import build_encoder, load_pretrained
 from cluda_cli.models.published.hub import MIT_HUB, locate
 from cluda_cli.settings import Model
 
-CACHED = huggingface_hub.try_to_load_from_cache
+FIND_CACHED = huggingface_hub.try_to_load_from_cache
 Request = tuple[str, str, str | None]
 
 
@@ -88,7 +88,7 @@ def test_an_unreachable_hub_is_asked_once(monkeypatch, tmp_path):
 def test_what_was_fetched_before_needs_no_hub(monkeypatch, tmp_path):
     """Also of a branch, which the hub's own download would ask about again."""
     hub = _Hub(monkeypatch, _raising(ConnectionError("refused")))
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", CACHED)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", FIND_CACHED)
     path = tmp_path / "models--timm--resnet18.a1_in1k" / "snapshots" / "c0ffee" / "model.safetensors"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"")

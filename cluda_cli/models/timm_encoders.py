@@ -36,11 +36,11 @@ class _OfTimm(nn.Module):
             whole = timm.create_model(name)
         try:
             groups = group_parameters(whole, whole.group_matcher(coarse=False), reverse=True)
-        except (AttributeError, NotImplementedError):
+            number = {flat(theirs): group for theirs, group in groups.items()}
+            return {ours: number[flat(ours)] for ours, _ in self.named_parameters()}
+        except (AttributeError, NotImplementedError, KeyError):
             what = f"timm does not say which layers {name} has"
             raise SettingsError(what, "optimizer.layer_decay", "set optimizer.layer_decay=1") from None
-        number = {flat(theirs): group for theirs, group in groups.items()}
-        return {ours: number[flat(ours)] for ours, _ in self.named_parameters()}
 
 
 class TimmEncoder(_OfTimm):

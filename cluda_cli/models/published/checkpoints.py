@@ -99,6 +99,8 @@ def _unwrap(name: str) -> str:
 def _copy(tensors: Mapping[str, Tensor], network: str, path: Path) -> tuple[dict[str, Tensor], Counter[str]]:
     """The tensors of one copy of the network, without its prefix, and how many others there are."""
     named = {_unwrap(name): tensor for name, tensor in tensors.items()}
+    if len(named) < len(tensors):
+        raise DataError("several tensors have one name but for their prefix", path, "give one network's file")
     if not any(name.startswith(tuple(COPIES.values())) for name in named):
         if network == "teacher":
             raise DataError("holds one network, not a student and a teacher", path, "leave out --network")

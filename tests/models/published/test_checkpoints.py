@@ -99,6 +99,12 @@ def test_an_unknown_prefix_is_named():
         one_network(names, "student", "mit_b0", FILE)
 
 
+def test_two_networks_that_differ_in_a_known_prefix_are_refused():
+    names = published_names(state_of(DAFORMER), multires=False)
+    with pytest.raises(DataError, match="several tensors have one name but for their prefix"):
+        one_network(names | prefixed(names, "net."), "student", "mit_b0", FILE)
+
+
 def test_weights_of_cluda_need_no_import():
     with pytest.raises(DataError, match="weights of cluda already -> give them to --ckpt"):
         one_network(state_of(DAFORMER), "student", "mit_b0", FILE)

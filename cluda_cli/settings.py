@@ -158,7 +158,8 @@ class Model(Section):
     encoder: str = "mit_b5"
     """mit_b0 ... mit_b5, or a timm model: with feature maps at strides 4, 8, 16 and 32, or a plain ViT."""
     weights: str | Literal[False] = "imagenet"
-    """Encoder weights: "imagenet" (published ones, fetched once), a file, "hf-hub:owner/name@revision", or false."""
+    """Encoder weights: "imagenet" (published ones, fetched once; those of tf_efficientnet_lite0 are installed), a file,
+    "hf-hub:owner/name@revision", or false."""
     drop_path: float = Field(0.1, ge=0, lt=1)
     """Largest stochastic-depth rate of the encoder, where it has any."""
     freeze_batch_norm: bool = False
@@ -322,6 +323,8 @@ class Optimizer(Section):
     """Learning rate of the encoder."""
     decoder_lr_factor: float = Field(10.0, gt=0)
     """The decoder learns this many times faster."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Learning rate of an encoder layer as a share of the next deeper one's; the last block has `lr`; 1: all alike."""
     weight_decay: float = Field(0.01, ge=0)
     """Decoupled weight decay; encoder norms of transformers have none."""
     warmup: int = Field(1500, ge=0)

@@ -11,7 +11,7 @@ from cluda_cli.settings import Settings
 
 METHODS = [
     "source-only", "dacs", "daformer", "daformer-cluda", "daformer-mic", "hrda", "hrda-cluda", "mic", "mic-cluda",
-    "dlv2", "dlv2-cluda", "swin-cluda", "dinov2-cluda",
+    "dlv2", "dlv2-cluda", "swin-cluda", "dinov2-cluda", "dinov2-small",
 ]  # fmt: skip
 OVERLAYS = ["small", "demo", "synthia", "acdc", "dark-zurich"]
 
@@ -66,6 +66,7 @@ def test_an_overlay_switches_nothing_on(method, overlay):
         ("dlv2-cluda", "feature_distance mixed pixel_contrast"),
         ("swin-cluda", "feature_distance mixed pixel_contrast"),
         ("dinov2-cluda", "masked mixed pixel_contrast"),
+        ("dinov2-small", "masked mixed pixel_contrast"),
     ],
 )
 def test_a_method_is_what_its_name_says(name, on):

@@ -144,5 +144,8 @@ class Run:
         the device, because both may differ from those of the saved run."""
         keys = ("base_lr", "weight_decay", "fused")
         own = [{key: group[key] for key in keys} for group in self.optimizer.param_groups]
+        if len(own) != len(state["param_groups"]):
+            counts = f"{len(state['param_groups'])} groups of parameters, {len(own)} by the settings"
+            raise ValueError(f"{counts}; optimizer.layer_decay and model.freeze decide how many")
         groups = [group | values for group, values in zip(state["param_groups"], own, strict=True)]
         self.optimizer.load_state_dict(scatter_optimizer_state(state | {"param_groups": groups}, self.optimizer))

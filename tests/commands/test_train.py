@@ -104,7 +104,10 @@ TWO_RESOLUTIONS = {
     "masking": {"block": 16},
     "objectives": {"masked": {}, "pixel_contrast": {"size": 7, "weighter_dim": 8}},
 }
-ANCHORS = {"objectives": {"anchor_contrast": {"anchors": 4, "projection_dim": 8, "min_probability": 0}}}
+DECAYED_ANCHORS = {
+    "objectives": {"anchor_contrast": {"anchors": 4, "projection_dim": 8, "min_probability": 0}},
+    "optimizer": {"layer_decay": 0.9},
+}
 MICRO_BATCHES = {"model": {"freeze_batch_norm": True}, "data": {"batch_size": 3}, "training": {"micro_batch": 2}}
 
 
@@ -139,13 +142,36 @@ def test_a_stopped_and_resumed_run_equals_one_that_never_stopped(
     assert_resume_is_exact(tiny_settings, whole, tmp_path / "parts", stop)
 
 
-@pytest.mark.parametrize("changes", [ANCHORS, MICRO_BATCHES], ids=["anchors", "micro-batches"])
+@pytest.mark.parametrize("changes", [DECAYED_ANCHORS, MICRO_BATCHES], ids=["anchors, layer decay", "micro-batches"])
 def test_resume_is_exact_with_two_resolutions(tiny_settings, tmp_path, assert_resume_is_exact, changes):
     """Stopped in the step in which mixed images begin to show the most uncertain detail."""
     tree = presets.merge(presets.merge(TWO_RESOLUTIONS, changes), {"training": {"steps": 4, "validate_every": 2}})
     settings = presets.validate(presets.merge(tiny_settings.model_dump(mode="json"), tree))
     train(settings, tmp_path / "whole")
     assert_resume_is_exact(settings, tmp_path / "whole", tmp_path / "parts", 3)
+
+
+@pytest.mark.parametrize("preset", ["dinov2-cluda", "dinov2-small"])
+def test_presets_of_dinov2_take_a_step(preset, tiny_settings, tmp_path):
+    """With a small vision transformer: six blocks, the deepest at the full rate, the patch embedding at 0.9^6 of it."""
+    small = {
+        "data": tiny_settings.data.model_dump(mode="json", include={"source", "target", "root", "crop", "workers"}),
+        "model": {"encoder": "test_vit", "weights": False, "decoder": {"embed_dim": 8, "channels": 8}},
+        "training": {"steps": 1, "pictures_every": 0, "device": "cpu"},
+    }
+    train(presets.load([preset], small), tmp_path / "x")
+    groups = load_state(tmp_path / "x" / "resume" / "state.pt")["optimizer"]["param_groups"]
+    rates = {group["name"]: group["base_lr"] for group in groups}
+    assert rates["encoder 0"] == pytest.approx(0.9**6 * rates["encoder 6"])
+    assert rates["decoder"] == pytest.approx(10 * rates["encoder 6"])
+    (terms,) = (row["terms"] for row in metrics(tmp_path / "x") if "terms" in row)
+    assert set(terms) == {
+        "source/source",
+        "mixed/mixed",
+        "masked/masked",
+        "source/pixel_contrast",
+        "mixed/pixel_contrast",
+    }
 
 
 def test_sigterm_saves_like_ctrl_c(tiny_settings, tmp_path, stop_after):
@@ -224,6 +250,9 @@ def test_settings_changed_on_resume_act_and_are_kept(tiny_settings, tmp_path):
     group = load_state(folder / "resume" / "state.pt")["optimizer"]["param_groups"][0]
     assert (group["base_lr"], group["weight_decay"]) == (1e-9, 0.5)
     assert presets.load([str(folder / "settings.json")]) == changed
+    layered = presets.validate(presets.merge(tree, {"optimizer": {"layer_decay": 0.9}}))
+    with pytest.raises(SettingsError, match="optimizer.layer_decay and model.freeze decide how many"):
+        train(layered, folder, resume=True)
     with pytest.raises(SettingsError, match="the run is at step 4, beyond 3"):
         train(with_training(tiny_settings, steps=3), folder, resume=True)
 

@@ -207,6 +207,8 @@ class Mixing(Section):
     """Chance that the images of a step are blurred."""
     blur_sigma: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.15, 1.15)
     """Range of the standard deviation of the blur, pixels."""
+    source_jitter_strength: Unset[Annotated[float, Field(ge=0, le=0.5)]] = None
+    """Jitter strength of source images, which are then blurred too, as mixed ones are; unset: they stay as they are."""
     uncertain_detail_from: Unset[Annotated[int, Field(ge=0)]] = None
     """From this step on, a mixed image shows in detail where its context is least certain; unset: anywhere, always."""
 

@@ -134,9 +134,18 @@ Maker = Callable[[Scene], View]
 """Makes one view of a scene. The same seed and step give the same view, whichever other views are made."""
 
 
-def make_source(scene: Scene) -> View:
-    """Source images as they are."""
-    return scene.view("source", scene.source)
+@dataclass(frozen=True)
+class MakeSource:
+    """Source images as they are or, with `mixing.source_jitter_strength`, strongly augmented."""
+
+    mixing: settings.Mixing
+
+    def __call__(self, scene: Scene) -> View:
+        strength, shown = self.mixing.source_jitter_strength, scene.source
+        if strength is not None:
+            mixing = self.mixing.model_copy(update={"jitter_strength": strength})
+            shown = replace(shown, image=scene.augment(shown.image, mixing, "source augmentation"))
+        return scene.view("source", shown)
 
 
 def make_target(scene: Scene) -> View:

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from cluda_cli import settings
-from cluda_cli.adaptation.views import MakeMasked, MakeMixed, Maker, make_source, make_target
+from cluda_cli.adaptation.views import MakeMasked, MakeMixed, Maker, MakeSource, make_target
 from cluda_cli.data.labels import ClassTable
 from cluda_cli.errors import SettingsError
 from cluda_cli.models.multires import MultiResolution
@@ -49,7 +49,7 @@ def build_makers(s: settings.Settings, objectives: nn.ModuleDict) -> dict[str, M
     Raises SettingsError if an objective reads a view that nobody makes, or if two make views of one name.
     """
     makers: dict[str, Maker] = {
-        "source": make_source,
+        "source": MakeSource(s.mixing),
         "mixed": MakeMixed(s.mixing),
         "masked": MakeMasked(s.masking, s.mixing),
         "target": make_target,

@@ -119,6 +119,17 @@ def test_every_mixed_pixel_is_wholly_of_the_source_or_of_the_target(batch: Batch
     assert mixed.image.dtype == mixed.weight.dtype == torch.float32 and mixed.label.dtype == torch.int64
 
 
+def test_source_images_are_augmented_where_wanted(batch: Batch) -> None:
+    plain = views_of(batch, STRONG)
+    changed = STRONG.model_copy(update={"source_jitter_strength": 0.4})
+    strong, again = views_of(batch, changed, step=4), views_of(batch, changed, step=4)
+    assert equal(strong["source"], again["source"])
+    assert not torch.allclose(plain["source"].image, strong["source"].image, atol=0.1)
+    assert torch.equal(plain["source"].label, strong["source"].label)
+    # What is pasted is not augmented twice.
+    assert torch.equal(plain["mixed"].image, views_of(batch, changed)["mixed"].image)
+
+
 def test_teacher_sees_target_images_with_zero_padding(batch: Batch) -> None:
     teacher = StubTeacher()
     views_of(batch, STRONG, teacher=teacher)

@@ -68,10 +68,10 @@ class _Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         _, _, given = self.make_parser(ctx).parse_args(args=list(args))
-        for option in given:
-            if option.param_type_name == "option" and not (option.multiple or option.is_eager):
-                if given.count(option) > 1:
-                    raise SettingsError("is given twice", max(option.opts, key=len), "give it once")
+        single = [p for p in given if p.param_type_name == "option" and not (p.multiple or p.is_eager)]
+        for option in single:
+            if single.count(option) > 1:
+                raise SettingsError("is given twice", max(option.opts, key=len), "give it once")
         return super().parse_args(ctx, args)
 
 
@@ -153,7 +153,9 @@ def train(
     ] = None,
     target: Annotated[str | None, typer.Option(help="Unlabelled dataset.  [default: cityscapes]")] = None,
     data_root: DataRoot = None,
-    run: Annotated[Path | None, typer.Option(help="Folder of the run.  [default: runs/<presets and changed settings>]")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Folder of the run.  [default: runs/<presets and changed settings>]")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = None,
@@ -179,7 +181,9 @@ def train(
         raise SettingsError(what, "train", "leave --devices out")
     options = _options(source, target, data_root, {"seed": seed, "steps": steps, "device": device})
     folder = run or (
-        _find_resumable(preset or [], options, set_ or []) if resume else _name_folder(preset or [], options, set_ or [])
+        _find_resumable(preset or [], options, set_ or [])
+        if resume
+        else _name_folder(preset or [], options, set_ or [])
     )
     if resume:
         if preset:
@@ -239,7 +243,7 @@ def _options(
 
 
 def _name_folder(preset: list[str], options: dict[str, Any], overrides: list[str]) -> Path:
-    """runs/<presets>-<changes>, such as runs/dacs-small-seed=1; without what changes no result: data root and device."""
+    """runs/<presets>-<changes>, such as runs/dacs-small-seed=1. Data root and device are no changes of the result."""
     from cluda_cli import presets
 
     tree = options
@@ -248,8 +252,11 @@ def _name_folder(preset: list[str], options: dict[str, Any], overrides: list[str
     changes = presets.flatten(tree)
     for key in ("data.root", "training.device"):
         changes.pop(key, None)
-    parts = [Path(name).stem for name in preset] or ["defaults"]
-    parts += [f"{key.removeprefix('training.').removeprefix('data.')}={_spell(changes[key])}" for key in sorted(changes)]
+    files = map(Path, preset)  # the settings of a run are named by their folder
+    parts = [file.parent.name if file.name == "settings.json" else file.stem for file in files] or ["defaults"]
+    parts += [
+        f"{key.removeprefix('training.').removeprefix('data.')}={_spell(changes[key])}" for key in sorted(changes)
+    ]
     full = "-".join(parts)
     plain = re.sub(r"[^\w.,=+-]+", "_", full)
     if plain != full or len(plain.encode()) > LONGEST_NAME:  # others may look alike after this

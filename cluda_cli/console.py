@@ -173,8 +173,9 @@ class Progress:
             from rich import progress
 
             self._bar = progress.Progress(
-                progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), progress.MofNCompleteColumn(),
-                progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[note]}", markup=False),
+                progress.TextColumn("{task.description}", markup=False), progress.BarColumn(),
+                progress.MofNCompleteColumn(), progress.TimeRemainingColumn(),
+                progress.TextColumn("{task.fields[note]}", markup=False),
                 console=stderr(), transient=True,
             )  # fmt: skip
             self._show()

@@ -11,12 +11,12 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from cluda_cli import console
-from cluda_cli.data.index import PHOTOGRAPHED, Index, Item
+from cluda_cli.data.index import PHOTOGRAPHED, RENDERED, Index, Item
 from cluda_cli.errors import DataError, SettingsError
 from cluda_cli.files import locked, write_json
 from cluda_cli.preparation.archives import find_archives, find_missing, unpack
@@ -54,7 +54,9 @@ def prepare(
     if cache is not None:
         _make_caches(datasets, indexes, box, workers)
     if not check:
-        console.result(f"next: {_suggest_command(dataset, indexes[0], data_root)}")
+        command = _suggest_command(dataset, indexes[0], data_root)
+        talk = "prepare the other domain too, and train with --source and --target"
+        console.result(f"next: {command}" if command else talk)
     return indexes
 
 
@@ -248,12 +250,24 @@ def _summarise(index: Index) -> None:
 
 
 def _suggest_command(dataset: str, index: Index, data_root: Path) -> str:
-    """The command that trains with the prepared dataset."""
-    command = "cluda train --preset demo"
-    if dataset != "demo":
-        is_source = index.labelled("train") and dataset not in PHOTOGRAPHED
-        name = shlex.quote(index.name)
-        command = f"cluda train --source {name} --target TARGET" if is_source else (
-            f"cluda train --source SOURCE --target {name}"
-        )  # fmt: skip
-    return command if data_root == Path("data") else f"{command} --data-root {shlex.quote(str(data_root))}"
+    """The command that trains with the prepared dataset, empty while there is no other domain."""
+    root = [] if data_root == Path("data") else ["--data-root", str(data_root)]
+    if dataset == "demo":
+        return shlex.join(["cluda", "train", "--preset", "demo", *root])
+    is_source = bool(index.labelled("train")) and dataset not in PHOTOGRAPHED
+    others = _find_partners(index.name, data_root, labelled=not is_source)
+    if not others:
+        return ""
+    source, target = (index.name, others[0]) if is_source else (others[0], index.name)
+    return shlex.join(["cluda", "train", "--source", source, "--target", target, *root])
+
+
+def _find_partners(name: str, data_root: Path, *, labelled: bool) -> list[str]:
+    """Names of the other prepared datasets with training images, with labels if `labelled`; usual ones first."""
+    found = []
+    for path in (data_root / "prepared").glob("*/index.json"):
+        with suppress(DataError):
+            index = Index.load(path.parent)
+            if path.parent.name != name and (index.labelled("train") if labelled else index.splits.get("train")):
+                found.append(path.parent.name)
+    return sorted(found, key=lambda other: (other not in (RENDERED if labelled else PHOTOGRAPHED), other))

@@ -31,6 +31,7 @@ from cluda_cli.inference.metrics import count_values
 from cluda_cli.inference.prefetch import HostCopy, prefetch, write_png
 from cluda_cli.inference.sliding import ResizedImage, fit_image, segment
 from cluda_cli.inference.weights_file import TrainedNetwork, load_weights
+from cluda_cli.settings import Data
 
 Pixels = NDArray[np.uint8]
 KIND = "pseudo-labels"
@@ -75,6 +76,9 @@ def pseudo_label(
         _claim(out, overwrite)
         manifest = _make(trained, index, split, out, None if per_class else threshold, checkpoint)
     _report(out, manifest, as_json)
+    if manifest["coverage"]:
+        command = _suggest_command(checkpoint, out, dataset or data.target, data_root or data.root, data)
+        console.info(f"next: {command}")
     return out
 
 
@@ -256,6 +260,17 @@ def _report(out: Path, manifest: dict[str, Any], as_json: bool) -> None:
         console.warn(f"no pixel is labelled: {', '.join(missing)}")
     if manifest["coverage"] == 0:
         console.warn("no pixel is confident enough: lower --threshold, or use --per-class")
-        return
-    source = shlex.quote(str(out))
-    console.info(f"next: cluda train --source {source} ...   (images are then resized by data.source_box)")
+
+
+def _suggest_command(checkpoint: Path, out: Path, target: str, root: Path, data: Data) -> str:
+    """The command that trains on the pseudo-labels, with the settings of the run that wrote the weights if it is there.
+
+    Images are then resized by data.source_box.
+    """
+    settings = checkpoint.parent / "settings.json"
+    parts = ["cluda", "train"]
+    parts += ["--preset", str(settings)] if settings.is_file() else []
+    parts += ["--source", str(out), "--target", target]
+    parts += ["--data-root", str(root)] if root != Path("data") or settings.is_file() else []
+    parts += ["--set", "data.source_shares=false"] if settings.is_file() and data.source_shares else []
+    return shlex.join(parts)

@@ -84,7 +84,7 @@ def _train(settings: Settings, files: RunFolder, resume: bool, overwrite: bool) 
             files.save(run)
             raise
     console.info(f"done in {console.duration(time.monotonic() - began)}")
-    _conclude(run, files)
+    _conclude(run, files, target)
 
 
 def _build(
@@ -114,7 +114,8 @@ def _loop(
 ) -> None:
     """The run from its step to the last: every-so-often work, one step, log."""
     training, steps = run.settings.training, run.settings.training.steps
-    labelled, loss = bool(target.labelled("val")), None
+    labelled = bool(target.labelled("val"))
+    loss: float | None = None
     with closing(stream), console.Progress("training", steps, run.step) as progress:
         while True:
             if _due(run.step, training.save_every, steps):
@@ -236,12 +237,13 @@ def _warn_of_no_effect(settings: Settings) -> None:
         console.warn("training.micro_batch has no effect: a batch is no larger")
 
 
-def _conclude(run: Run, files: RunFolder) -> None:
+def _conclude(run: Run, files: RunFolder, target: Index) -> None:
     """Where the result is, and the next command."""
     if run.best:
         console.info(f"best mIoU {run.best['miou']:.2f} at step {run.best['step']:.0f}: {files.best}")
     weights = shlex.quote(str(files.best if files.best.is_file() else files.last))
-    console.info(f"next: cluda eval --ckpt {weights}   or   cluda predict images/ --ckpt {weights}")
+    verb = "eval" if target.labelled("val") else "pseudo-label"
+    console.info(f"next: cluda {verb} --ckpt {weights}")
 
 
 def _resume_hint(folder: Path) -> str:

@@ -11,13 +11,13 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, Field, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from cluda_cli import __version__, presets
 from cluda_cli.data.labels import ClassTable
-from cluda_cli.errors import CludaError, DataError, first_line
+from cluda_cli.errors import DataError, first_line
 from cluda_cli.files import atomic
 from cluda_cli.inference.checksum import checksum
 from cluda_cli.models.multires import build_segmenter

@@ -81,7 +81,7 @@ def parse_override(text: str) -> dict[str, Any]:
     path, equals, raw = text.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys) or len(keys) > DEEPEST:
-        raise SettingsError(f'"{text}" is not of the form section.key=value', "--set")
+        raise SettingsError(f'"{text[:LONGEST_SHOWN]}" is not of the form section.key=value', "--set")
     try:
         value: Any = tomllib.loads(f"value = {raw}")["value"]
     except RecursionError:

@@ -2,6 +2,9 @@
 
 import dataclasses
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -89,3 +92,20 @@ def test_few_tasks_or_one_worker_start_no_process(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(conversion, "ProcessPoolExecutor", None)
     assert list(run_all(abs, [-1, 2, -3], workers=8)) == [1, 2, 3]
     assert list(run_all(abs, list(range(-99, 0)), workers=1)) == list(range(99, 0, -1))
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, time\nfrom cluda_cli.preparation.conversion import run_all\n"
+        "if __name__ == '__main__':\n"
+        "    for _ in run_all(time.sleep, [0] + [1e-3] * 10_000, workers=2):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    (tmp_path / "parent.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    # The pipe ends when no process holds it any more.
+    done = subprocess.run(
+        [sys.executable, "parent.py"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, timeout=120
+    )
+    assert done.returncode == -signal.SIGKILL

@@ -47,7 +47,7 @@ def stderr() -> "Console":
     if _live:
         return _live
     console = Console(stderr=True, quiet=_muted, highlight=False, soft_wrap=True)
-    console.on_broken_pipe = _leave_stderr  # type: ignore[method-assign]  rich would end the process
+    console.on_broken_pipe = _leave_stderr  # type: ignore[method-assign]  # rich's own ends the process
     return console
 
 

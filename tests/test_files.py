@@ -55,7 +55,8 @@ def in_process(code: str, folder: Path, **options: Any) -> None:
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "below").mkdir()
-    in_process("atomic(Path('below/state.pt')).__enter__(); locked(Path(), '').__enter__(); os._exit(0)", tmp_path)
+    code = "held = locked(Path(), ''), atomic(Path('below/state.pt'))\nfor one in held: one.__enter__()\nos._exit(0)"
+    in_process(code, tmp_path)
     names = {".x-settings.json", ".state-abcd1234.pt", "state.pt", ".gitignore", ".cluda-notes"}
     for name in names:
         (tmp_path / name).touch()
@@ -87,8 +88,8 @@ def test_a_folder_has_one_writer_at_a_time(tmp_path: Path) -> None:
 
 
 def test_the_lock_of_a_process_ends_with_it(tmp_path: Path) -> None:
-    in_process("locked(Path('run'), '').__enter__(); os._exit(0)", tmp_path)
-    assert is_vacant(tmp_path / "run")
+    in_process("held = locked(Path('run'), '')\nheld.__enter__()\nos._exit(0)", tmp_path)
+    assert (tmp_path / "run" / ".cluda-lock").exists() and is_vacant(tmp_path / "run")
     with locked(tmp_path / "run", ""):
         pass
 

@@ -19,7 +19,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     """
     try:
         with atomic(path) as temporary:
-            torch.save(state | {"checksum": checksum(state)}, temporary)
+            torch.save({"state": state, "checksum": checksum(state)}, temporary)
     except RuntimeError as error:  # torch's, on a full disk
         what = f"cannot be written ({first_line(error)})"
         raise EnvironmentProblem(what, path, "check disk space and permissions") from error
@@ -33,13 +33,15 @@ def load_state(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DataError("no saved state", path, "start the run again with --overwrite")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict):
-            raise ValueError(f"it holds a {type(state).__name__}")
-        written = state.pop("checksum", None)
-        actual = written and checksum(state)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+        if "state" not in content:
+            return content
+        state: dict[str, Any] = content["state"]
+        damaged = checksum(state) != content.get("checksum")
     except Exception as error:  # torch.load raises many kinds for damaged files
         raise DataError(f"saved state cannot be read ({first_line(error)})", path, REMEDY) from error
-    if written != actual:
+    if damaged:
         raise DataError("saved state was damaged after it was written: its checksum is another", path, REMEDY)
     return state

@@ -118,9 +118,7 @@ def edit(path: Path, draw: random.Random) -> None:
     """Replace one value of the content by a hostile one, without a checksum."""
     hostile = draw.choice(HOSTILE)()
     if path.suffix == ".pt":
-        state = torch.load(path, weights_only=True)
-        state.pop("checksum")
-        torch.save(replace_one(state, hostile, draw), path)
+        torch.save(replace_one(load_state(path), hostile, draw), path)
     elif path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             description = json.loads(file.metadata()["cluda"])

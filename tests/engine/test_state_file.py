@@ -63,8 +63,8 @@ def test_a_state_of_an_earlier_version_has_no_checksum_and_is_read(tmp_path):
 
 def test_what_is_no_state_is_one_clear_message(tmp_path):
     itself = {"checksum": "0"}
-    itself["student"] = itself
-    for content in ([1, 2], 7, None, itself, {"checksum": ["x"], "step": 3}):
+    itself["state"] = itself
+    for content in ([1, 2], 7, None, itself, {"state": 3, "checksum": []}, {"state": {"step": 3}}):
         torch.save(content, tmp_path / "state.pt")
         with pytest.raises(DataError, match=r"cannot be read|damaged"):
             load_state(tmp_path / "state.pt")

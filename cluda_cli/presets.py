@@ -91,6 +91,8 @@ def parse_override(text: str) -> dict[str, Any]:
     for key in reversed(keys):
         value = {key: value}
     tree: dict[str, Any] = value
+    if problems := _find_unwritable(tree):
+        raise SettingsError("\n".join(problems), "--set")
     return tree
 
 

@@ -20,7 +20,7 @@ from cluda_cli.data.batch import Batch, to_device
 from cluda_cli.data.index import Index, joint_classes
 from cluda_cli.data.streams import batches
 from cluda_cli.distributed import collectives
-from cluda_cli.distributed.children import STOP_SIGNALS
+from cluda_cli.distributed.children import heeded_signals
 from cluda_cli.engine.folder import RunFolder
 from cluda_cli.engine.pictures import write_pictures
 from cluda_cli.engine.run import Run
@@ -268,9 +268,8 @@ class _StopRequest:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "_StopRequest":
-        for number in STOP_SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
-                self._previous[number] = signal.signal(number, self._handle)
+        for number in heeded_signals():
+            self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:

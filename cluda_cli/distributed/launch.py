@@ -16,7 +16,7 @@ from types import FrameType
 
 from torch.multiprocessing import ProcessContext, ProcessExitedException, start_processes
 
-from cluda_cli.distributed.children import STOP_SIGNALS
+from cluda_cli.distributed.children import STOP_SIGNALS, heeded_signals
 from cluda_cli.errors import EnvironmentProblem
 
 GRACE = 60.0
@@ -47,7 +47,7 @@ def launch(count: int, command: Callable[[], None]) -> int:
     resource_tracker.ensure_running()  # it unblocks signals when it starts
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the ranks inherit this until they can handle a signal
     context = start_processes(_run_rank, (command,), count, join=False)
-    for number in STOP_SIGNALS:
+    for number in heeded_signals():
         signal.signal(number, pass_on)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     _join(context)

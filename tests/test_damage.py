@@ -6,17 +6,14 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
+FILES = ("settings.json", "manifest.json", "metrics.jsonl", "journal.jsonl", "state.pt", "best.safetensors")
 
 
 def test_damaged_files_end_in_no_traceback_and_are_not_used_in_silence(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    found = importlib.import_module("damage_files").run_all(60, 0, tmp_path, CHECKED)
+    found = importlib.import_module("damage_files").run_all(60, 0, tmp_path, FILES)
     assert found["traceback"] == found["silent"] == 0, capsys.readouterr().out
     assert found["refused"] > 20
-
-
-# The files of a run.
-CHECKED = ("settings.json", "metrics.jsonl", "state.pt", "best.safetensors")
 
 
 @pytest.mark.slow

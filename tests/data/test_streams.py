@@ -212,6 +212,7 @@ def test_killed_loader_is_an_environment_problem(index):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on one core
 def test_the_other_loaders_end_when_one_is_killed(index, monkeypatch):
     """Otherwise this process could never exit: they ignore the one SIGTERM with which it waits for them."""
     monkeypatch.setattr("cluda_cli.data.streams.usable_cores", lambda: 2)

@@ -34,7 +34,17 @@ def test_imports_point_downward(path):
     assert not too_high
 
 
-TORCH_FREE = ["cli", "distributed.place", "settings", "presets", "console", "errors", "data.labels", "data.index"]
+TORCH_FREE = [
+    "cli",
+    "distributed.place",
+    "distributed.children",
+    "settings",
+    "presets",
+    "console",
+    "errors",
+    "data.labels",
+    "data.index",
+]
 
 
 @pytest.mark.parametrize("module", TORCH_FREE)

@@ -97,6 +97,8 @@ def workplace(tmp_path, monkeypatch):
 def run(line: str) -> None:
     """Run one shown command; `&&` joins several. A `train` or `bench` is made tiny by the last settings."""
     for part in line.split(" && "):
+        if part.startswith("cluda train") and "--run" not in part:  # the folder that it has without what is added
+            part += " --run runs/" + "-".join(re.findall(r"--preset (\S+)", part))
         if part.startswith(("cluda train", "cluda bench")):
             part += "".join(f" --set {setting}" for setting in TINY)
         result = CliRunner().invoke(app, shlex.split(part)[1:])

@@ -16,7 +16,7 @@ from cluda_cli.data.index import IMAGE_SUFFIXES
 from cluda_cli.data.labels import ClassTable
 from cluda_cli.data.transforms import read_image
 from cluda_cli.errors import DataError, SettingsError
-from cluda_cli.files import make_unique
+from cluda_cli.files import locked, make_unique
 from cluda_cli.inference.device import pick_device
 from cluda_cli.inference.prefetch import HostCopy, prefetch, write_png
 from cluda_cli.inference.sliding import ResizedImage, fit_image, segment
@@ -62,8 +62,6 @@ def predict(
     Raises SettingsError for an unknown output. Raises DataError if there is no image, if a result would replace an
     input, and, after all other images are done, if an image could not be read.
     """
-    if out.exists() and not out.is_dir():
-        raise SettingsError("is a file; the results need a folder", out, "name another with --out")
     unknown = sorted(set(outputs) - set(OUTPUTS))
     if unknown or not outputs:
         raise SettingsError(
@@ -75,7 +73,10 @@ def predict(
     _check_label_ids(trained.classes, outputs)
     done: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
-    with console.Progress("predicting", len(requests)) as progress:
+    with (
+        locked(out, "name another folder with --out"),
+        console.Progress("predicting", len(requests)) as progress,
+    ):
 
         def skip(request: _Request, problem: DataError) -> None:
             console.warn(str(problem))

@@ -9,14 +9,16 @@ The train-id maps lie beside them, in the folder `labels`, and stored training i
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from cluda_cli import console
-from cluda_cli.data.index import PHOTOGRAPHED, Index, Item
+from cluda_cli.data.index import PHOTOGRAPHED, RENDERED, Index, Item
 from cluda_cli.errors import DataError, SettingsError
-from cluda_cli.files import write_json
+from cluda_cli.files import locked, write_json
 from cluda_cli.preparation.archives import find_archives, find_missing, unpack
 from cluda_cli.preparation.conversion import Outcome, Scan, check_all, convert_missing, scan_files
 from cluda_cli.preparation.described import read_description
@@ -45,12 +47,22 @@ def prepare(
     """
     box = _parse_box(cache) if cache is not None else None
     datasets = _locate(dataset, data_root, check)
-    indexes = [_prepare_one(found, data_root, check, skip_bad, workers) for found in datasets]
+    indexes = []
+    for found in datasets:
+        with _hold(data_root / "prepared" / found.name, check):
+            indexes.append(_prepare_one(found, data_root, check, skip_bad, workers))
     if cache is not None:
         _make_caches(datasets, indexes, box, workers)
     if not check:
-        console.result(f"next: {_suggest_command(dataset, indexes[0], data_root)}")
+        command = _suggest_command(dataset, indexes[0], data_root)
+        talk = "prepare the other domain too, and train with --source and --target"
+        console.result(f"next: {command}" if command else talk)
     return indexes
+
+
+def _hold(folder: Path, check: bool = False) -> AbstractContextManager[None]:
+    """Keep other processes from writing into a folder, unless nothing is written."""
+    return nullcontext() if check else locked(folder, "take another --data-root")
 
 
 def _parse_box(text: str) -> tuple[int, int] | None:
@@ -75,7 +87,8 @@ def _make_caches(
             scan = scan_files(dataset, index.folder)
             # The key changes with the files.
             names = {pair.image: f"{pair.stem}-{key}" for key, pair in scan.keys.items()}
-            cache, items = write_cache(index, names, scan.inputs, box, workers), index.split("train")
+            with _hold(index.folder):
+                cache, items = write_cache(index, names, scan.inputs, box, workers), index.split("train")
             size = sum(map(cache.num_bytes, items)) / 1e9
             console.result(f"{index.name}: {len(items)} training images cached in {cache.folder} ({size:.1f} GB)")
 
@@ -91,7 +104,8 @@ def _locate(name: str, data_root: Path, check: bool) -> Sequence[Dataset]:
         if not check:
             from cluda_cli.demo.dataset import make_demo
 
-            make_demo(folder)
+            with _hold(folder):
+                make_demo(folder)
         elif not (folder / "demo.json").is_file():
             raise DataError("the demonstration has not been made yet", folder, "run without --check")
         return locate_demo(folder)
@@ -111,11 +125,13 @@ def _unpack(published: Published, data_root: Path, check: bool) -> None:
     layout = published.find_layout(data_root)
     if layout and not layout.as_published:
         return
-    for path, archive in find_archives(published.archives, (data_root, folder)):
-        if not check:
-            unpack(path, archive, folder)
-        elif missing := find_missing(path, archive, folder):
-            console.result(f"{path}: {len(missing)} files are not unpacked yet")
+    archives = find_archives(published.archives, (data_root, folder))
+    with _hold(folder, check or not archives):
+        for path, archive in archives:
+            if not check:
+                unpack(path, archive, folder)
+            elif missing := find_missing(path, archive, folder):
+                console.result(f"{path}: {len(missing)} files are not unpacked yet")
 
 
 def _prepare_one(dataset: Dataset, data_root: Path, check: bool, skip_bad: bool, workers: int | None) -> Index:
@@ -234,11 +250,24 @@ def _summarise(index: Index) -> None:
 
 
 def _suggest_command(dataset: str, index: Index, data_root: Path) -> str:
-    """The command that trains with the prepared dataset."""
-    command = "cluda train --preset demo"
-    if dataset != "demo":
-        is_source = index.labelled("train") and dataset not in PHOTOGRAPHED
-        command = f"cluda train --source {index.name} --target TARGET" if is_source else (
-            f"cluda train --source SOURCE --target {index.name}"
-        )  # fmt: skip
-    return command if data_root == Path("data") else f"{command} --data-root {data_root}"
+    """The command that trains with the prepared dataset, empty while there is no other domain."""
+    root = [] if data_root == Path("data") else ["--data-root", str(data_root)]
+    if dataset == "demo":
+        return shlex.join(["cluda", "train", "--preset", "demo", *root])
+    is_source = bool(index.labelled("train")) and dataset not in PHOTOGRAPHED
+    others = _find_partners(index.name, data_root, labelled=not is_source)
+    if not others:
+        return ""
+    source, target = (index.name, others[0]) if is_source else (others[0], index.name)
+    return shlex.join(["cluda", "train", "--source", source, "--target", target, *root])
+
+
+def _find_partners(name: str, data_root: Path, *, labelled: bool) -> list[str]:
+    """Names of the other prepared datasets with training images, with labels if `labelled`; usual ones first."""
+    found = []
+    for path in (data_root / "prepared").glob("*/index.json"):
+        with suppress(DataError):
+            index = Index.load(path.parent)
+            if path.parent.name != name and (index.labelled("train") if labelled else index.splits.get("train")):
+                found.append(path.parent.name)
+    return sorted(found, key=lambda other: (other not in (RENDERED if labelled else PHOTOGRAPHED), other))

@@ -16,6 +16,7 @@ from types import FrameType
 
 from torch.multiprocessing import ProcessContext, ProcessExitedException, start_processes
 
+from cluda_cli.distributed.children import STOP_SIGNALS, heeded_signals
 from cluda_cli.distributed.place import usable_cores
 from cluda_cli.errors import EnvironmentProblem
 
@@ -23,13 +24,12 @@ GRACE = 60.0
 """Seconds that the other ranks have to end by themselves once one has failed, because rank 0 may be saving."""
 SHORT_GRACE = 5.0
 """Seconds that the ranks have to end by themselves after the second Ctrl-C."""
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def launch(count: int, command: Callable[[], None]) -> int:
     """Run `command`, which can be pickled, in `count` processes of this machine; return their common exit code.
 
-    Ctrl-C and SIGTERM are passed on to all ranks. Raises EnvironmentProblem if a rank is killed.
+    Ctrl-C and other requests to stop are passed on to all ranks. Raises EnvironmentProblem if a rank is killed.
     """
     os.environ.update(
         WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
@@ -46,11 +46,11 @@ def launch(count: int, command: Callable[[], None]) -> int:
             raise KeyboardInterrupt
 
     resource_tracker.ensure_running()  # it unblocks signals when it starts
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the ranks inherit this until they can handle a signal
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the ranks inherit this until they can handle a signal
     context = start_processes(_run_rank, (command,), count, join=False)
-    for number in SIGNALS:
+    for number in heeded_signals():
         signal.signal(number, pass_on)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     _join(context)
     return _exit_code([process.exitcode or 0 for process in context.processes], stopped=bool(requests))
 
@@ -62,7 +62,7 @@ def _run_rank(rank: int, command: Callable[[], None]) -> None:
     if launcher and not launcher.is_alive():  # it died before torch asked the kernel for a SIGINT at its death
         sys.exit(1)
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         command()
     except KeyboardInterrupt:
         sys.exit(130)

@@ -133,9 +133,11 @@ class Run:
             if "normalisation" in state:  # absent from runs that began before it was saved
                 for network in (self.student, self.teacher.network):
                     network.encoder.normalisation = Normalisation(**state["normalisation"])
-            self.step, self.validated, self.best = state["step"], state["validated"], state["best"]
-        except (RuntimeError, KeyError, ValueError) as error:
-            detail = str(error).strip().splitlines()[-1].strip()[:160]  # torch's first line is a heading
+            self.step, self.validated = _as_count(state["step"]), _as_count(state["validated"])
+            best = state["best"]
+            self.best = best and {"miou": float(best["miou"]), "step": _as_count(best["step"])}
+        except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
+            detail = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()[:160]  # the first: a heading
             remedy = "resume with the network and objectives that the run began with"
             raise SettingsError(f"saved state does not fit the settings ({detail})", "--resume", remedy) from error
 
@@ -149,3 +151,9 @@ class Run:
             raise ValueError(f"{counts}; optimizer.layer_decay and model.freeze decide how many")
         groups = [group | values for group, values in zip(state["param_groups"], own, strict=True)]
         self.optimizer.load_state_dict(scatter_optimizer_state(state | {"param_groups": groups}, self.optimizer))
+
+
+def _as_count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError("step or validated is no number of steps")
+    return value

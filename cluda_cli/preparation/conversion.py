@@ -19,9 +19,10 @@ from typing import TypeVar
 from PIL import Image
 
 from cluda_cli.console import Progress
+from cluda_cli.distributed.children import end_with_parent
 from cluda_cli.distributed.place import usable_cores
 from cluda_cli.errors import DataError, EnvironmentProblem
-from cluda_cli.files import atomic, write_text
+from cluda_cli.files import atomic, naming, write_text
 from cluda_cli.preparation.label_files import LabelReader, count_pixels, read_size
 from cluda_cli.preparation.pairing import Pair, find_pairs
 from cluda_cli.preparation.problems import BadFile, Kind, Problem
@@ -120,6 +121,7 @@ def convert_missing(scan: Scan, workers: int | None) -> dict[str, Outcome]:
     conversions = [Conversion(root, reader, pair, scan.label_path(pair)) for pair in todo.values()]
     outcomes = dict(known)
     with (
+        naming(path),
         Progress(f"preparing {scan.dataset.name}", len(scan.keys), len(known)) as progress,
         path.open("a", encoding="utf-8") as journal,
     ):
@@ -170,7 +172,7 @@ def run_all(function: Callable[[Task], Result], tasks: Sequence[Task], workers: 
         yield from map(function, tasks)
         return
     # Spawned, not forked: the parent may hold threads, and all platforms behave alike.
-    pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_ignore_interrupt)
+    pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_start_worker)
     try:
         yield from pool.map(function, tasks, chunksize=4)
     except BrokenProcessPool as error:
@@ -220,6 +222,7 @@ def _hash_reader(dataset: Dataset) -> str:
     return hashlib.sha256(repr(dataset.reader).encode()).hexdigest()
 
 
-def _ignore_interrupt() -> None:
-    """Leave Ctrl-C to the parent, which then ends the workers."""
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, which then ends the workers; end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()

@@ -19,7 +19,7 @@ from cluda_cli.commands.train import train
 from cluda_cli.data.index import find
 from cluda_cli.data.labels import ClassTable
 from cluda_cli.engine.folder import RunFolder
-from cluda_cli.engine.state_file import load_state
+from cluda_cli.engine.state_file import load_state, save_state
 from cluda_cli.errors import DataError, Interrupted, RunError, SettingsError
 from cluda_cli.inference.weights_file import load_weights
 
@@ -174,8 +174,9 @@ def test_presets_of_dinov2_take_a_step(preset, tiny_settings, tmp_path):
     }
 
 
-def test_sigterm_saves_like_ctrl_c(tiny_settings, tmp_path, stop_after):
-    stop_after(2, signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1], ids=lambda n: n.name)
+def test_other_requests_to_stop_save_like_ctrl_c(tiny_settings, tmp_path, stop_after, number):
+    stop_after(2, number)
     with pytest.raises(Interrupted) as stopped:
         train(tiny_settings, tmp_path / "x")
     assert stopped.value.exit_code == 130
@@ -201,6 +202,118 @@ def test_a_finished_run_has_nothing_to_resume(tiny_settings, tmp_path, whole, ca
     train(tiny_settings, tmp_path / "x", resume=True)
     assert metrics(tmp_path / "x") == before
     assert "already finished (6 of 6 steps)" in capsys.readouterr().err
+
+
+def test_a_hangup_that_nohup_ignores_stops_nothing(tiny_settings, tmp_path, stop_after):
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop_after(1, signal.SIGHUP)
+        train(with_training(tiny_settings, steps=2, validate_every=9), tmp_path / "x")
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+    assert load_state(tmp_path / "x" / "resume" / "state.pt")["step"] == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}], ids=str)
+def test_a_run_that_another_process_writes_is_not_touched(tiny_settings, tmp_path, monkeypatch, options):
+    """A second start, --resume or --overwrite while the first run is in its loop."""
+    folder, refused = tmp_path / "x", []
+
+    def start_another(run, *_):
+        before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        with pytest.raises(SettingsError, match="another process of cluda is writing into this folder") as problem:
+            train(tiny_settings, folder, **options)
+        assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        refused.append(problem.value.where)
+        run.step = run.settings.training.steps
+
+    monkeypatch.setattr(verb, "_loop", start_another)
+    train(tiny_settings, folder)
+    assert refused == [str(folder)]
+
+
+@pytest.mark.parametrize("broken", ["write_text", "write_json", "save_state"])
+def test_a_run_that_broke_off_while_it_began_can_be_started_again(tiny_settings, tmp_path, monkeypatch, broken):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    folder = tmp_path / "x"
+    with monkeypatch.context() as patch:
+        patch.setattr(f"cluda_cli.engine.folder.{broken}", fail)
+        with pytest.raises(OSError, match="No space left"):
+            train(tiny_settings, folder)
+    folder.mkdir(exist_ok=True)
+    (folder / ".cluda-abcd1234.tmp.json").touch()  # as a kill leaves it
+    (folder / ".cluda-lock").touch()
+    train(with_training(tiny_settings, steps=1), folder, overwrite=broken != "write_text")
+    assert load_state(folder / "resume" / "state.pt")["step"] == 1
+    assert not list(folder.rglob(".cluda-*"))
+
+
+def test_settings_that_were_edited_between_runs_are_announced(tiny_settings, tmp_path, capsys):
+    folder = tmp_path / "x"
+    train(with_training(tiny_settings, steps=1), folder)
+    presets.resume(folder, {}, [])
+    assert "resuming with another" not in capsys.readouterr().err
+    tree = json.loads((folder / "settings.json").read_text())
+    tree["optimizer"]["lr"] = 0.5
+    (folder / "settings.json").write_text(json.dumps(tree))
+    edited = presets.resume(folder, {"training": {"steps": 2}}, [])
+    announced = capsys.readouterr().err
+    assert "resuming with another optimizer.lr: 0.001 -> 0.5" in announced
+    assert "resuming with another training.steps: 1 -> 2" in announced
+    train(edited, folder, resume=True)
+    capsys.readouterr()
+    presets.resume(folder, {}, [])
+    assert "resuming with another" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"optimizer": {"lr": "x"}}', '{"optimizer": {"lr": Infinity}}', "\x00"])
+def test_damaged_settings_of_a_run_name_the_file(tmp_path, text):
+    (tmp_path / "settings.json").write_text(text)
+    with pytest.raises(SettingsError) as problem:
+        presets.resume(tmp_path, {}, [])
+    assert problem.value.where == str(tmp_path / "settings.json")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"sources": 3}', "[" * 50_000, '{"sources": [{"name": []}]}'])
+def test_a_damaged_manifest_is_one_clear_message(tiny_settings, tmp_path, text):
+    train(with_training(tiny_settings, steps=1, validate_every=9), tmp_path / "x")
+    (tmp_path / "x" / "manifest.json").write_text(text)
+    with pytest.raises(DataError, match="cannot be read"):
+        train(tiny_settings, tmp_path / "x", resume=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"step": "3"}, {"step": -1}, {"best": 3}, {"student": 3}, {"optimizer": []}, {"teacher": {"x": 1}}],
+    ids=str,
+)
+def test_a_state_of_another_form_is_one_clear_message(tiny_settings, tmp_path, change):
+    train(with_training(tiny_settings, steps=1, validate_every=9), tmp_path / "x")
+    state = tmp_path / "x" / "resume" / "state.pt"
+    save_state(state, load_state(state) | change)
+    with pytest.raises(SettingsError, match="saved state does not fit"):
+        train(tiny_settings, tmp_path / "x", resume=True)
+
+
+def test_the_loss_on_the_screen_is_that_of_the_last_steps(tiny_settings, tmp_path, monkeypatch):
+    notes = []
+    honest = verb.console.Progress.advance
+
+    def advance(progress, note=""):
+        if note:
+            notes.append(float(note.removeprefix("loss ")))
+        honest(progress, note)
+
+    monkeypatch.setattr(verb.console.Progress, "advance", advance)
+    settings = with_training(tiny_settings, log_every=6)
+    train(settings, tmp_path / "x")
+    assert len(notes) == len(set(notes)) == 6  # a new one each step, though the log has two
+    first = metrics(tmp_path / "x")[0]["terms"]
+    sections = settings.model_dump()["objectives"]
+    expected = sum(sections[name.split("/")[1]]["weight"] * (value or 0) for name, value in first.items())
+    assert notes[0] == pytest.approx(expected, abs=1e-3)
 
 
 def test_an_existing_folder_is_refused_unless_told(tiny_settings, tmp_path):
@@ -338,7 +451,7 @@ def test_a_run_killed_before_its_first_save_resumes(tiny_settings, tmp_path, mon
     train(tiny_settings, tmp_path / "x")
     monkeypatch.undo()
     assert load_state(tmp_path / "x" / "resume" / "state.pt")["step"] == 0
-    leftover = tmp_path / "x" / "resume" / ".state-abcd1234.pt"
+    leftover = tmp_path / "x" / "resume" / ".cluda-abcd1234.tmp.pt"
     leftover.touch()
     train(with_training(tiny_settings, steps=1), tmp_path / "x", resume=True)
     assert load_state(tmp_path / "x" / "resume" / "state.pt")["step"] == 1

@@ -93,6 +93,31 @@ def test_killed_loader_is_an_environment_problem(fork_server, index):
         list(stream)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on one core
+def test_the_other_loaders_end_when_one_is_killed(index, monkeypatch):
+    """Otherwise this process could never exit: they ignore the one SIGTERM with which it waits for them."""
+    monkeypatch.setattr("cluda_cli.data.streams.usable_cores", lambda: 2)
+    stream = batches([index], index, settings(workers=2), 0, 0, 1000)
+    next(stream)
+    first, other = multiprocessing.active_children()
+    os.kill(first.pid, signal.SIGKILL)
+    with pytest.raises(EnvironmentProblem, match="a loader process ended unexpectedly"):
+        list(stream)
+    other.join(30)
+    assert other.exitcode == -signal.SIGKILL
+
+
+def test_a_temporary_folder_with_a_long_path_is_named(index, monkeypatch):
+    def fail(*_):
+        raise OSError("AF_UNIX path too long")
+
+    monkeypatch.setattr("cluda_cli.data.streams.DataLoader.__iter__", fail)
+    monkeypatch.setattr("cluda_cli.data.streams.tempfile.gettempdir", lambda: "/long")
+    with pytest.raises(EnvironmentProblem, match="/long: is too long .* set TMPDIR"):
+        next(batches([index], index, settings(workers=1), 0, 0, 9))
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("name", ["0.png", "0_label.png"])
 def test_unreadable_file_is_one_clear_line(fork_server, tmp_path, workers, name, make_index):

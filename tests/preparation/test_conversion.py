@@ -2,6 +2,9 @@
 
 import dataclasses
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -96,3 +99,20 @@ def test_there_is_a_process_for_each_usable_core(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(conversion, "usable_cores", lambda: 1)
     monkeypatch.setattr(conversion, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("started processes"))
     assert list(run_all(abs, list(range(-99, 0)), workers=None)) == list(range(99, 0, -1))
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, time\nfrom cluda_cli.preparation.conversion import run_all\n"
+        "if __name__ == '__main__':\n"
+        "    for _ in run_all(time.sleep, [0] + [1e-3] * 10_000, workers=2):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    (tmp_path / "parent.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    # The pipe ends when no process holds it any more.
+    done = subprocess.run(
+        [sys.executable, "parent.py"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, timeout=120
+    )
+    assert done.returncode == -signal.SIGKILL

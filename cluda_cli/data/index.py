@@ -26,7 +26,7 @@ PUBLISHED_NAMES = RENDERED + PHOTOGRAPHED
 """Datasets that `cluda prepare` knows; `preparation/published.py` says where each keeps its files."""
 DEMO_NAMES = ("demo-render", "demo-camera")
 """Source and target that `cluda prepare demo` makes."""
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif"})
 """Lower-case suffixes of files that are taken for images."""
 
 

@@ -42,7 +42,7 @@ _TURNS = {
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
-class DeepImage(DataError):
+class DeepImage(DataError):  # noqa: N818  it names what is wrong, as its parent does
     """An image with more than 8 bits per channel."""
 
 

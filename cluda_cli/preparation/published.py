@@ -36,6 +36,8 @@ class Dataset:
     """How its label files are read; None if it has none."""
     splits: tuple[Split, ...]
     margins: Margins = (0, 0, 0, 0)
+    labels_upright: bool = False
+    """Whether labels lie on the images as their EXIF orientation turns them, where sizes do not tell."""
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,8 @@ def save_deep(path: Path) -> None:
     elif path.suffix == ".tif":  # Pillow does not write 16-bit colour: one strip behind ten tags
         pixels = deep.astype("<u2").tobytes()
         where = 8 + 2 + 10 * 12 + 4
-        tags = [(256, 3, 1, 24), (257, 3, 1, 16), (258, 3, 3, where), (259, 3, 1, 1), (262, 3, 1, 2),
-                (273, 4, 1, where + 6), (277, 3, 1, 3), (278, 3, 1, 16), (279, 4, 1, len(pixels)), (284, 3, 1, 1)]  # fmt: skip
+        tags = [(256, 3, 1, 24), (257, 3, 1, 16), (258, 3, 3, where), (259, 3, 1, 1), (262, 3, 1, 2)]
+        tags += [(273, 4, 1, where + 6), (277, 3, 1, 3), (278, 3, 1, 16), (279, 4, 1, len(pixels)), (284, 3, 1, 1)]
         entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
         head = b"II*\0" + struct.pack("<IH", 8, 10)
         path.write_bytes(head + entries + struct.pack("<I3H", 0, 16, 16, 16) + pixels)

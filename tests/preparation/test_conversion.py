@@ -81,8 +81,8 @@ def test_a_scan_names_files_and_changes_with_them(dataset: Dataset) -> None:
     assert scan.label_path(PAIR) == folder / "labels" / "train" / "a.png"
     os.utime(dataset.root / "a.png", (1, 1))
     assert conversion.scan_files(dataset, folder).inputs != scan.inputs
-    with pytest.raises(DataError, match=r"no images match \*\.jpg"):
-        conversion.scan_files(dataclasses.replace(dataset, splits=(Split("train", "*.jpg"),)), folder)
+    with pytest.raises(DataError, match=r"no images: split train: nothing matches \*\.jpg; .* holds 2 \.png"):
+        conversion.scan_files(dataclasses.replace(dataset, splits=(Split("train", "*.jpg", required=True),)), folder)
 
 
 def test_few_tasks_or_one_worker_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def test_several_ids_share_a_class_and_ignored_ones_are_known(tmp_path: Path) ->
     dataset = read_description(write(tmp_path, "ignore = [255, 9]\n" + MINIMAL))
     assert dataset.reader
     Image.fromarray(np.array([[0, 1, 4, 9, 255]], dtype=np.uint8)).save(tmp_path / "a.png")
-    assert dataset.reader.read(tmp_path / "a.png").tolist() == [[0, 1, 0, IGNORE, IGNORE]]
+    assert dataset.reader.read(tmp_path / "a.png").train_ids.tolist() == [[0, 1, 0, IGNORE, IGNORE]]
 
 
 def test_colors_things_palette_and_margins(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ labels = "labels/*.png"
     assert [c.label_id for c in dataset.classes.classes] == [0, 1]
     assert dataset.classes.things() == (1,)
     Image.fromarray(np.array([[(1, 2, 3), (0, 0, 255), (0, 0, 0)]], dtype=np.uint8)).save(tmp_path / "a.png")
-    assert dataset.reader.read(tmp_path / "a.png").tolist() == [[0, 1, IGNORE]]
+    assert dataset.reader.read(tmp_path / "a.png").train_ids.tolist() == [[0, 1, IGNORE]]
 
 
 def test_things_are_known_by_their_cityscapes_names(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ class CacheFile(StoredFile):
     """cache.json."""
 
     format: int
-    box: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None
+    box: tuple[Side, Side] | None
     inputs: str
     files: dict[Text, Text]
 

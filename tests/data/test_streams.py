@@ -219,7 +219,9 @@ def test_unreadable_file_is_one_clear_line(tmp_path, workers, name):
     with pytest.raises(DataError) as caught:
         list(batches([source], target, settings(workers=workers), 0, 0, 2))
     assert caught.value.where == str(source.folder / name)
-    assert str(caught.value) == f"{source.folder / name}: not an image, or of an unknown format"
+    assert (
+        str(caught.value) == f"{source.folder / name}: not an image, or not one of PNG, JPEG, BMP, GIF, TIFF, WEBP, PPM"
+    )
 
 
 def test_unlabelled_source_is_refused_at_once(tmp_path, index):
@@ -236,6 +238,14 @@ def test_labels_without_classes_are_refused(tmp_path, index):
     blank = Index("blank", tmp_path, tmp_path, index.classes, {"train": (Item("a.png", "b.png", (40, 60)),)})
     with pytest.raises(DataError, match="no pixel of any class"):
         batches([blank], index, settings(), 0, 0, 1)
+
+
+def test_sources_whose_labels_hold_one_class_are_refused(tmp_path, index):
+    lone = Index("lone", tmp_path, tmp_path, index.classes, {"train": (Item("a.png", "b.png", (40, 60), {1: 9}),)})
+    with pytest.raises(DataError, match="source labels hold one class only: sidewalk"):
+        batches([lone], index, settings(), 0, 0, 1)
+    other = Index("other", tmp_path, tmp_path, index.classes, {"train": (Item("a.png", "b.png", (40, 60), {2: 9}),)})
+    batches([lone, other], index, settings(), 0, 0, 1).close()
 
 
 def test_image_of_another_size_than_its_label_is_refused(tmp_path, index):

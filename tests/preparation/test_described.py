@@ -1,5 +1,6 @@
 """Users' own data, described in TOML."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,66 @@ def test_missing_folder_and_list_are_data_errors(tmp_path: Path) -> None:
         read_description(write(tmp_path, 'root = "gone"\n' + MINIMAL))
     with pytest.raises(DataError, match="list of split train cannot be read"):
         read_description(write(tmp_path, MINIMAL + '\nlist = "gone.txt"'))
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
+    (tmp_path / "mycity.toml").write_text(MINIMAL, encoding="utf-8-sig")
+    assert read_description(tmp_path / "mycity.toml").classes.names == ("road", "tram")
+
+
+def test_one_class_is_too_few(tmp_path: Path) -> None:
+    text = problems(tmp_path, MINIMAL.replace("tram", "road"))
+    assert text.startswith('the only class is "road", so that every prediction would be right')
+
+
+def test_orientation_and_tolerance_reach_the_readers(tmp_path: Path) -> None:
+    text = MINIMAL.replace("[ids]", '[colors]\n"1,2,3" = "road"\n"#ffffff" = "sky"\n[palette]').split("0 =")[0]
+    text += '[splits.train]\nimages = "i/*.png"\nlabels = "l/*.png"'
+    dataset = read_description(write(tmp_path, "color_tolerance = 9\nlabels_upright = true\n" + text))
+    assert isinstance(dataset.reader, ColorLabels) and dataset.reader.tolerance == 9 and dataset.labels_upright
+    assert "color_tolerance: is for labels of colours" in problems(tmp_path, "color_tolerance = 9\n" + MINIMAL)
+    assert "color_tolerance: " in problems(tmp_path, "color_tolerance = 999\n" + text)
+
+
+@pytest.mark.parametrize("line", ["a.png b.png", "i/a.JPG,l/a.png", "a\tb", "a.jpg 3", "a.png ; b.png"])
+def test_a_list_of_several_columns_is_refused(tmp_path: Path, line: str) -> None:
+    (tmp_path / "train.txt").write_text(f"first.png\n{line}\n")
+    with pytest.raises(DataError, match="line 2 of the list of split train has several columns"):
+        read_description(write(tmp_path, '[splits.train]\nimages = "images/*.jpg"\nlist = "train.txt"'))
+
+
+@pytest.mark.parametrize("line", ["a b.png", "a, b", "my photo", "a.b c"])
+def test_a_name_with_spaces_is_one_column(tmp_path: Path, line: str) -> None:
+    (tmp_path / "train.txt").write_text(line)
+    dataset = read_description(write(tmp_path, '[splits.train]\nimages = "images/*.jpg"\nlist = "train.txt"'))
+    assert dataset.splits[0].listed == {line.removesuffix(".png")}
+
+
+def test_a_list_that_is_a_pipe_is_an_error_not_a_wait(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "train.txt")
+    with pytest.raises(DataError, match="list of split train cannot be read"):
+        read_description(write(tmp_path, '[splits.train]\nimages = "images/*.jpg"\nlist = "train.txt"'))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x = " + "[" * 5000 + "]" * 5000,
+        "margins = [" + "9" * 5000 + ", 0, 0, 0]",
+        "margins = [0x" + "f" * 9000 + ", 0, 0, -1]",
+        "margins = [inf, 0, 0, 0]",
+        'root = "a\\u0000b"',
+        'name = "a\\nb"',
+        'name = "' + "a" * 300 + '"',
+        '[ids]\n0 = "a\\u001bb"\n1 = " "',
+        '[splits.train]\nimages = "[z-a]*.png"',
+        '[splits.train]\nimages = "a\\u0000/*.png"',
+        '[splits.train]\nimages = "i/*.png"\nlist = "a\\u0000"',
+    ],
+    ids=["deep", "long", "long hex", "inf", "NUL", "newline", "long name", "control", "range", "NUL glob", "NUL list"],
+)
+def test_hostile_descriptions_are_settings_errors(tmp_path: Path, text: str) -> None:
+    assert len(problems(tmp_path, text)) < 1000
 
 
 def test_colors_are_written_in_two_ways() -> None:

@@ -219,9 +219,8 @@ def test_unreadable_file_is_one_clear_line(tmp_path, workers, name):
     with pytest.raises(DataError) as caught:
         list(batches([source], target, settings(workers=workers), 0, 0, 2))
     assert caught.value.where == str(source.folder / name)
-    assert (
-        str(caught.value) == f"{source.folder / name}: not an image, or not one of PNG, JPEG, BMP, GIF, TIFF, WEBP, PPM"
-    )
+    expected = "not an image, or not one of PNG, JPEG, BMP, GIF, TIFF, WEBP, PPM"
+    assert str(caught.value) == f"{source.folder / name}: {expected}"
 
 
 def test_unlabelled_source_is_refused_at_once(tmp_path, index):

@@ -9,6 +9,7 @@ H W pixels, upright. Imports no torch.
 """
 
 import io
+import logging
 import os
 import stat
 import struct
@@ -29,6 +30,7 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 MAX_PIXELS = 1 << 29
 """Pixels of the largest image that is opened: 1.6 GB of RGB."""
 Image.MAX_IMAGE_PIXELS = None  # the limit above takes its place
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs about broken files, it also raises
 _ORIENTATION = 0x0112  # EXIF and TIFF tag
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

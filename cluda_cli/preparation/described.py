@@ -1,6 +1,7 @@
 """Read the description of a user's own dataset, a TOML file. DescriptionTable lists its keys."""
 
 import colorsys
+import os
 import re
 import tomllib
 from collections.abc import Callable, Mapping
@@ -40,8 +41,8 @@ def _check_text(value: str) -> str:
 
 
 def _check_root(value: str) -> str:
-    if not value.isprintable():
-        raise ValueError("a path without control characters is needed")
+    if not value.isprintable() or len(value) > 1000:
+        raise ValueError("a path of at most 1000 characters, none of them a control character, is needed")
     return value
 
 
@@ -120,7 +121,7 @@ def read_description(path: Path) -> Dataset:
         lines = [line for problem in error.errors() for line in _explain(problem)]
         raise SettingsError("\n".join(lines), path) from error
     root = Path(path.parent, table.root).resolve()
-    if not root.is_dir():
+    if not os.path.isdir(root):  # not Path.is_dir, which raises for names that are too long
         raise DataError("no such folder", root, f"correct root in {path}")
     return Dataset(
         name=table.name or _take_name(path),

@@ -213,6 +213,7 @@ def test_a_list_that_is_a_pipe_is_an_error_not_a_wait(tmp_path: Path) -> None:
         "margins = [0x" + "f" * 9000 + ", 0, 0, -1]",
         "margins = [inf, 0, 0, 0]",
         'root = "a\\u0000b"',
+        'root = "' + "9" * 9000 + '"',
         'name = "a\\nb"',
         'name = "' + "a" * 300 + '"',
         '[ids]\n0 = "a\\u001bb"\n1 = " "',
@@ -220,7 +221,20 @@ def test_a_list_that_is_a_pipe_is_an_error_not_a_wait(tmp_path: Path) -> None:
         '[splits.train]\nimages = "a\\u0000/*.png"',
         '[splits.train]\nimages = "i/*.png"\nlist = "a\\u0000"',
     ],
-    ids=["deep", "long", "long hex", "inf", "NUL", "newline", "long name", "control", "range", "NUL glob", "NUL list"],
+    ids=[
+        "deep",
+        "long",
+        "long hex",
+        "inf",
+        "NUL",
+        "long root",
+        "newline",
+        "long name",
+        "control",
+        "range",
+        "NUL glob",
+        "NUL list",
+    ],
 )
 def test_hostile_descriptions_are_settings_errors(tmp_path: Path, text: str) -> None:
     assert len(problems(tmp_path, text)) < 1000

@@ -90,6 +90,8 @@ def _build(
     positions = collectives.local_positions(data.batch_size)
     device = pick_device(collectives.local_device(training.device))
     *sources, target = (prepared.find(name, data.root) for name in (*data.source, data.target))
+    for index in (*sources, target):
+        index.check_files()
     if not resume:
         files.refuse_taken(overwrite)
     if target.labelled("val"):

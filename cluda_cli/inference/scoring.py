@@ -86,3 +86,6 @@ def compare_classes(dataset: ClassTable, network: ClassTable) -> None:
         console.warn(f"the network does not have these classes, so their pixels are ignored: {', '.join(ignored)}")
     if unscored:
         console.warn(f"the dataset does not have these classes, so they are not scored: {', '.join(unscored)}")
+    if len(dataset) - len(ignored) == 1:
+        common = next(name for name in dataset.names if name in network.names)
+        console.warn(f"only {common} is scored: a network that predicts it everywhere would have an IoU of 100")

@@ -126,7 +126,16 @@ def test_unreadable_file_is_one_clear_line(fork_server, tmp_path, workers, name,
     with pytest.raises(DataError) as caught:
         list(batches([source], target, settings(workers=workers), 0, 0, 2))
     assert caught.value.where == str(source.folder / name)
-    assert str(caught.value) == f"{source.folder / name}: not an image, or of an unknown format"
+    expected = "not an image, or not one of PNG, JPEG, BMP, GIF, TIFF, WEBP, PPM"
+    assert str(caught.value) == f"{source.folder / name}: {expected}"
+
+
+def test_sources_whose_labels_hold_one_class_are_refused(tmp_path, index):
+    lone = Index("lone", tmp_path, tmp_path, index.classes, {"train": (Item("a.png", "b.png", (40, 60), {1: 9}),)})
+    with pytest.raises(DataError, match="source labels hold one class only: sidewalk"):
+        batches([lone], index, settings(), 0, 0, 1)
+    other = Index("other", tmp_path, tmp_path, index.classes, {"train": (Item("a.png", "b.png", (40, 60), {2: 9}),)})
+    batches([lone, other], index, settings(), 0, 0, 1).close()
 
 
 @pytest.mark.gpu

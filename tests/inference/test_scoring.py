@@ -99,6 +99,12 @@ def test_classes_of_one_side_are_named(index: Index, capsys: pytest.CaptureFixtu
     assert unscored == "warning: the dataset does not have these classes, so they are not scored: sky, person, car"
 
 
+def test_one_common_class_gives_a_perfect_score_for_nothing(index: Index, capsys: pytest.CaptureFixture[str]) -> None:
+    compare_classes(ClassTable((index.classes.classes[1], UNICORN)), index.classes)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "warning: only building is scored: a network that predicts it everywhere would have an IoU of 100"
+
+
 def test_no_common_class_is_a_data_error(index: Index) -> None:
     with pytest.raises(DataError, match="no class name in common"):
         compare_classes(ClassTable((UNICORN,)), index.classes)

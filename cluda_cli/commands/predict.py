@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from cluda_cli import console
 from cluda_cli.data.index import IMAGE_SUFFIXES
 from cluda_cli.data.labels import ClassTable
-from cluda_cli.data.transforms import read_image, read_size
+from cluda_cli.data.transforms import read_image
 from cluda_cli.errors import OUT_OF_MEMORY, DataError, SettingsError, is_out_of_memory
 from cluda_cli.inference.device import pick_device
 from cluda_cli.inference.prefetch import HostCopy, prefetch, write_png
@@ -255,7 +256,7 @@ def _predict_all(
             return _out_of_memory(request)
 
     def read_all() -> Iterator[tuple[ResizedImage, tuple[_Request, Tensor | None]]]:
-        images = prefetch(read, requests, lambda request: math.prod(read_size(request.image)))
+        images = prefetch(read, requests, lambda request: math.prod(_read_size(request.image)))
         for request, result in zip(requests, images, strict=True):
             if isinstance(result, DataError):
                 skip(request, result)
@@ -273,8 +274,17 @@ def _predict_all(
 
 
 def _out_of_memory(request: _Request) -> DataError:
-    height, width = read_size(request.image)
+    height, width = _read_size(request.image)
     return DataError(f"memory ran out on {height} x {width} pixels", request.image, OUT_OF_MEMORY)
+
+
+def _read_size(path: Path) -> tuple[int, int]:
+    """Height and width from the header of an image; 0 x 0 where reading all of it will say what is wrong."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except Exception:
+        return 0, 0
 
 
 def _quantise(confidence: Tensor) -> Tensor:

@@ -15,20 +15,7 @@ from torch import Tensor
 
 from cluda_cli.errors import DataError
 
-LARGEST_IMAGE = 2**29
-"""Pixels of the largest image that is read. Decoding takes about 10 bytes each. A small file can claim any size."""
-Image.MAX_IMAGE_PIXELS = None  # Pillow's limit is lower, and speaks of an attack
 BAND = 32  # rows resized at once: their float32 copies stay in a CPU's cache
-
-
-def read_size(path: Path) -> tuple[int, int]:
-    """Height and width of an image, from its header alone; 0 x 0 if it cannot be read."""
-    try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")
-            return image.height, image.width
-    except Exception:  # reading the whole image says why
-        return 0, 0
 
 
 def read_image(path: Path) -> Tensor:
@@ -115,14 +102,9 @@ def _decode(path: Path) -> Image.Image:
     """Open and decode an image. Raises DataError for any error of the decoder."""
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")  # about untidy files
-            if image.width * image.height > LARGEST_IMAGE:
-                what = f"{image.height} x {image.width} pixels are more than the {LARGEST_IMAGE} that an image may have"
-                raise DataError(what, path, "cut it into parts, or store it smaller")
+            warnings.simplefilter("ignore")  # about large or untidy files
             image.load()
             return image
-    except (MemoryError, DataError):
-        raise
     except UnidentifiedImageError as error:
         raise DataError("not an image, or of an unknown format", path) from error
     except Exception as error:  # decoders of broken files raise nearly anything

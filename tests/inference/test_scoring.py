@@ -11,7 +11,8 @@ from PIL import Image
 from cluda_cli.data.index import Index, find
 from cluda_cli.data.labels import IGNORE, ClassTable, LabelClass
 from cluda_cli.data.transforms import read_image, read_label
-from cluda_cli.errors import DataError
+from cluda_cli.errors import DataError, EnvironmentProblem
+from cluda_cli.inference import scoring
 from cluda_cli.inference.metrics import Confusion, Scores
 from cluda_cli.inference.scoring import compare_classes, score
 from cluda_cli.inference.sliding import image_logits
@@ -117,6 +118,24 @@ def test_a_label_that_does_not_fit_is_named(index: Index, label: np.ndarray, mes
     with pytest.raises(DataError, match=message) as caught:
         score_val(make_network(), index, index.classes)
     assert caught.value.where == str(path) and caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("function", ["read_image", "fit_image"])
+def test_memory_that_runs_out_names_the_image(index: Index, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    def exhaust(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(scoring, function, exhaust)
+    with pytest.raises(EnvironmentProblem, match="memory ran out on 48 x 80 pixels") as caught:
+        score_val(make_network(), index, index.classes)
+    assert caught.value.where == str(index.image_path(index.labelled("val")[0])) and caught.value.exit_code == 4
+
+
+def test_memory_that_runs_out_in_the_network_names_the_image(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = make_network()
+    monkeypatch.setattr(Segmenter, "forward", lambda *_: torch.empty(2**55))
+    with pytest.raises(EnvironmentProblem, match="memory ran out on 48 x 80 pixels"):
+        score_val(network, index, index.classes)
 
 
 def test_classes_of_one_side_are_named(index: Index, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ from cluda_cli.inference.sliding import (
 )
 from cluda_cli.models.multires import MultiResolution
 from cluda_cli.models.normalisation import IMAGENET
-from cluda_cli.models.segmenter import Output
+from cluda_cli.models.segmenter import Output, Segmenter
 from cluda_cli.settings import Evaluation
 
 K = 5
@@ -282,6 +282,25 @@ def test_two_resolutions_in_parts_have_the_cells_of_the_whole(monkeypatch: pytes
     monkeypatch.setattr(inference, "MARGIN", 64)
     found = image_logits(network, image, None, WHOLE)
     assert found.shape == expected.shape  # attention sees all, so values may differ
+    assert torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]))[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("encoder", ["mobilenetv2_050", "mit_b0", "vit_tiny_patch16_224"])
+def test_encoders_in_parts_have_the_cells_of_the_whole(monkeypatch: pytest.MonkeyPatch, encoder: str) -> None:
+    torch.manual_seed(0)
+    network = Segmenter(
+        settings.Model(encoder=encoder, weights=False, decoder=settings.Decoder(embed_dim=8, channels=8)), K
+    ).eval()
+    nn.init.normal_(network.decoder.conv_seg.weight, std=1.0)
+    image = resize_image(noise(7, 9), (203, 301))  # smooth
+    expected = image_logits(network, image, None, WHOLE)
+    seen: list[int] = []
+    network.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[3]))
+    monkeypatch.setattr(inference, "LARGEST_FORWARD", 192**2)
+    monkeypatch.setattr(inference, "MARGIN", 64)
+    found = image_logits(network, image, None, WHOLE)
+    assert max(seen) <= 192 and len(seen) > 4
+    assert found.shape == expected.shape  # the field of view is wider than the margin, so values may differ
     assert torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]))[0, 1] > 0.9
 
 

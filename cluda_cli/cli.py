@@ -14,7 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 from cluda_cli import __version__, console
 from cluda_cli.data.index import PUBLISHED_NAMES
 from cluda_cli.distributed.place import read_place
-from cluda_cli.errors import CludaError, EnvironmentProblem, Interrupted, SettingsError
+from cluda_cli.errors import CludaError, EnvironmentProblem, Interrupted, SettingsError, is_out_of_memory
 
 # \b keeps the line breaks of a paragraph in the help.
 EXAMPLES = """\b
@@ -54,11 +54,12 @@ class _Commands(TyperGroup):
             failure = EnvironmentProblem(
                 error.strerror or str(error), error.filename or "", "check disk and permissions"
             )
-        except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch here
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
                 raise
+            where = "on the GPU" if type(error).__name__ == "OutOfMemoryError" else "on the CPU"
             remedy = "train with a smaller data.batch_size, data.crop or model.encoder; predict with --device cpu"
-            failure = EnvironmentProblem("out of memory on the GPU", "", remedy)
+            failure = EnvironmentProblem(f"out of memory {where}", "", remedy)
         console.error(failure)
         raise typer.Exit(failure.exit_code)
 

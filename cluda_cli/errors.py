@@ -28,6 +28,16 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
+OUT_OF_MEMORY = "close other programs, store the image smaller, or on a GPU take --device cpu"
+"""What to do when memory runs out in evaluation or prediction."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: Python's or numpy's, torch's on a GPU, or torch's on a CPU, which has no class."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "DefaultCPUAllocator" in str(error)
+
+
 def nearest(name: str, choices: Sequence[str]) -> str:
     """The choice that is most similar to a misspelt name, or "" if none is similar."""
     return next(iter(difflib.get_close_matches(name, choices, n=1, cutoff=0.6)), "")

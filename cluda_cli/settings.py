@@ -368,7 +368,7 @@ class Evaluation(Section):
     """Inference in validation, `eval`, `predict` and `pseudo-label`."""
 
     network: Literal["student", "teacher"] = "student"
-    """Which network is validated and saved as best and last weights."""
+    """Which network is saved as best and last weights. Validation scores student and teacher."""
     mode: Literal["whole", "slide"] = "whole"
     """Run the network on the whole image, or on overlapping windows whose logits are averaged."""
     window: Unset[Size] = None

@@ -184,6 +184,27 @@ def test_an_unforeseen_runtime_error_is_not_swallowed(monkeypatch):
     assert isinstance(run(app, ["train"]).exception, RuntimeError)
 
 
+@pytest.mark.parametrize(
+    ("error", "where"),
+    [
+        (MemoryError(), "CPU"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            "CPU",
+        ),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), "GPU"),
+    ],
+)
+def test_memory_that_runs_out_is_one_line(monkeypatch, error, where):
+    def exhaust(*_, **__):
+        raise error
+
+    monkeypatch.setattr("cluda_cli.commands.evaluate.evaluate", exhaust)
+    result = run(app, ["eval", "--ckpt", "x.safetensors"])
+    assert result.exit_code == 4
+    assert result.stderr.splitlines()[0] == f"error: out of memory on the {where}"
+
+
 def test_a_full_disk_is_an_environment_problem(monkeypatch):
     def fail(*_args, **_kwargs):
         raise OSError(28, "No space left on device", "runs/x/last.safetensors")

@@ -10,6 +10,7 @@ from cluda_cli.errors import (
     RunError,
     SettingsError,
     first_line,
+    is_out_of_memory,
     nearest,
 )
 
@@ -49,3 +50,18 @@ def test_nearest_name_is_found_and_a_strange_one_is_not() -> None:
     assert nearest("daformr", ["dacs", "daformer", "hrda"]) == "daformer"
     assert nearest("zebra", ["dacs", "daformer"]) == ""
     assert nearest("dacs", []) == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (type("_ArrayMemoryError", (MemoryError,), {})(), True),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("size mismatch"), False),
+        (OSError("no space"), False),
+    ],
+)
+def test_an_allocation_that_failed_is_known(error: BaseException, expected: bool) -> None:
+    assert is_out_of_memory(error) == expected

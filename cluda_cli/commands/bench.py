@@ -39,7 +39,7 @@ BUSY = 0.8  # CPU seconds per second below which a CPU is said to be shared
 
 @dataclass(frozen=True)
 class Validation:
-    """Seconds of one image, and how much of it the run will do."""
+    """Seconds of one image, through each network that is validated, and how much of it the run will do."""
 
     seconds_per_image: float
     size: tuple[int, int]
@@ -174,8 +174,9 @@ def _validation(settings: Settings, run: Run, target: Index | None) -> Validatio
     for _ in range(2):  # the first time is warm-up
         wait_for_device(run.device)
         began = time.perf_counter()
-        for _ in segment(run.evaluated, [(resized, None)] * images, settings.inference):
-            pass
+        for network in run.networks.values():
+            for _ in segment(network, [(resized, None)] * images, settings.inference):
+                pass
         wait_for_device(run.device)
     seconds, count = (time.perf_counter() - began) / images, -(-training.steps // training.validate_every)
     return Validation(seconds, (image.shape[1], image.shape[2]), count, len(items) if target else None)

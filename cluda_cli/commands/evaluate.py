@@ -43,11 +43,12 @@ def evaluate(
         evaluation=trained.settings.inference,
         device=chosen,
     )
-    if not scores.confusion.counts.any():
-        raise DataError(f'no pixel of split "{split}" is labelled with a class that the network knows', index.folder)
+    if not scores.common_pixels:
+        what = f'no pixel of split "{split}" is labelled with a class that the network was trained on'
+        raise DataError(what, index.folder, f"it was trained on {', '.join(trained.seen)}; take another --split")
     if confusion:
         counts = scores.confusion.counts.tolist()
-        content = {"classes": trained.classes.names, "rows": "label", "columns": "prediction", "counts": counts}
+        content = {"classes": scores.names, "rows": "label", "columns": "prediction", "counts": counts}
         write_json(confusion, content, indent=None)
     described = {
         "checkpoint": str(checkpoint),
@@ -57,11 +58,13 @@ def evaluate(
         "network": trained.network_name,
     }
     if as_json:
-        accuracy = {
+        found = {
+            "protocols": scores.protocols(),
+            "target_private": scores.target_private,
             "pixel_accuracy": round_percent(scores.pixel_accuracy),
             "mean_accuracy": round_percent(scores.mean_accuracy),
         }
-        console.result_json(described | {"protocols": scores.protocols(), "unseen": list(scores.unseen)} | accuracy)
+        console.result_json(described | found)
     else:
         _print(scores, f"{index.name} {split}, {scores.images} images, {trained.network_name} network")
 
@@ -70,15 +73,17 @@ def _print(scores: Scores, title: str) -> None:
     """Print a table with a column for each protocol. `-` stands for a class that is left out or has no pixels."""
     protocols = scores.protocols()
     rows = [[name] + [_format_cell(p["classes"][name]) for p in protocols.values()] for name in scores.classes.names]
-    rows.append(["mean IoU"] + [_format_cell(p["miou"]) for p in protocols.values()])
-    if scores.unseen:
-        empty = [""] * (len(protocols) - 1)
-        rows.append(["with unseen", _format_cell(protocols["all"]["miou_with_unseen"]), *empty])
+    means = {"mean IoU": "miou"}
+    if scores.target_private:
+        means |= {"mean IoU, common pixels": "miou_common_pixels", "mean IoU, all classes": "miou_all_classes"}
+    rows += [
+        [label, *(_format_cell(p[key]) if key in p else "" for p in protocols.values())] for label, key in means.items()
+    ]
     console.result_table(title, ["class", *protocols], rows)
     accuracy = [_format_cell(round_percent(value)) for value in (scores.pixel_accuracy, scores.mean_accuracy)]
     console.result(f"pixel accuracy {accuracy[0]}, mean accuracy {accuracy[1]}")
-    if scores.unseen:
-        console.result(f"unseen: the source never had {', '.join(scores.unseen)}")
+    if scores.target_private:
+        console.result(f"target-private, never in the source: {', '.join(scores.target_private)}")
 
 
 def _format_cell(value: float | None) -> str:

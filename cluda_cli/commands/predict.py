@@ -1,21 +1,26 @@
 """The verb `predict`: checkpoint + images of any size -> masks, colours, overlays. H W pixels of one image."""
 
 import glob
-from collections.abc import Callable, Iterator, Sequence
+import math
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from cluda_cli import console
 from cluda_cli.data.index import IMAGE_SUFFIXES
 from cluda_cli.data.labels import ClassTable
 from cluda_cli.data.transforms import read_image
-from cluda_cli.errors import DataError, SettingsError
+from cluda_cli.errors import OUT_OF_MEMORY, DataError, SettingsError, is_out_of_memory
 from cluda_cli.files import locked, make_unique
 from cluda_cli.inference.device import pick_device
 from cluda_cli.inference.prefetch import HostCopy, prefetch, write_png
@@ -24,6 +29,7 @@ from cluda_cli.inference.weights_file import TrainedNetwork, load_weights
 
 OUTPUTS = ("train-id", "label-id", "color", "overlay", "confidence")
 OVERLAY = 0.5  # share of the class colour in an overlay
+PIXELS_AT_ONCE = 2**20  # coloured at a time, to bound memory
 
 
 @dataclass(frozen=True)
@@ -57,10 +63,10 @@ def predict(
     """Segment files, folders (searched recursively) and globs into out/<output>/<name>.png.
 
     A result has the size of its image in pixels. The images of a folder keep their subfolders. An image that cannot be
-    read is reported and skipped.
+    read, or for which memory runs out, is reported and skipped.
 
     Raises SettingsError for an unknown output. Raises DataError if there is no image, if a result would replace an
-    input, and, after all other images are done, if an image could not be read.
+    input, and, after all other images are done, if one was skipped.
     """
     unknown = sorted(set(outputs) - set(OUTPUTS))
     if unknown or not outputs:
@@ -84,7 +90,10 @@ def predict(
             progress.advance()
 
         predictions = _predict_all(trained, requests, outputs, skip)
-        for request in prefetch(partial(_write, trained.classes), predictions):
+        for request, problem in prefetch(partial(_write, trained.classes), predictions, _count_pixels):
+            if problem:
+                skip(request, problem)
+                continue
             files = {output: str(path) for output, path in request.files.items()}
             done.append({"input": str(request.image), "outputs": files})
             progress.advance()
@@ -94,7 +103,7 @@ def predict(
         console.result(str(out))
     console.info(f"{len(done)} images, {', '.join(dict.fromkeys(outputs))}, in {out}")
     if failed:
-        raise DataError(f"{len(failed)} of {len(requests)} images could not be read", "", "see the warnings above")
+        raise DataError(f"{len(failed)} of {len(requests)} images were skipped", "", "see the warnings above")
 
 
 def find_newest_checkpoint(runs: Path) -> Path:
@@ -112,17 +121,20 @@ def find_newest_checkpoint(runs: Path) -> Path:
 def find_images(inputs: Sequence[str], out: Path) -> list[tuple[Path, Path]]:
     """Find every image once, with the relative path that names its results.
 
-    In a folder, hidden files and files under `out` are left out. Raises DataError if an input has no image.
+    In a folder, hidden files and earlier results in `out` are left out. Raises DataError if an input has no image.
     """
     found: dict[Path, tuple[Path, Path]] = {}
+    results = frozenset(os.path.realpath(out / output) for output in OUTPUTS)
     for text in inputs:
         path = Path(text)
         is_glob = not path.exists() and glob.has_magic(text)
-        matches = [Path(match) for match in sorted(glob.glob(text, recursive=True))] if is_glob else [path]
-        images = [pair for match in matches for pair in _list_images(match, out, checked=is_glob)]
+        matches = _expand(text, results) if is_glob else [path]
+        images = [pair for match in matches for pair in _list_images(match, results, checked=is_glob)]
         if not images:
             if not is_glob and not path.exists():
                 raise DataError("no such file or folder", text, "name images, folders of images, or globs")
+            if not is_glob and not path.is_dir():
+                raise DataError("is neither a file nor a folder", text, "name images, folders of images, or globs")
             what = "no image matches" if is_glob else "no images in this folder"
             raise DataError(what, text, f"images end in {' '.join(sorted(IMAGE_SUFFIXES))}, in upper or lower case")
         for image, relative in images:
@@ -130,17 +142,64 @@ def find_images(inputs: Sequence[str], out: Path) -> list[tuple[Path, Path]]:
     return list(found.values())
 
 
-def _list_images(path: Path, out: Path, checked: bool) -> Iterator[tuple[Path, Path]]:
+def _expand(text: str, results: Collection[str]) -> list[Path]:
+    """Files and folders that match a glob. `**` follows links to folders, as `_walk` does."""
+    parts = Path(text).parts
+    if "**" not in parts:
+        return [Path(match) for match in sorted(glob.glob(text))]
+    first = parts.index("**")
+    folders = [Path(match) for match in sorted(glob.glob(str(Path(*parts[:first]))))]
+    files = [(file, file.relative_to(folder)) for folder in folders for file in _walk(folder, results)]
+    return [file for file, relative in files if _matches(relative.parts, parts[first:])]
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the parts of a path match those of a glob, of which `**` stands for any number of folders."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_matches(parts[i:], pattern[1:]) for i in range(len(parts) + 1))
+    return bool(parts) and fnmatch(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+
+
+def _list_images(path: Path, results: Collection[str], checked: bool) -> Iterator[tuple[Path, Path]]:
     """Yield the images of a folder, or a file. With `checked`, a file must have the suffix of an image."""
     if path.is_file() and (not checked or path.suffix.lower() in IMAGE_SUFFIXES):
         yield path, Path(path.name)
     elif path.is_dir():
-        for image in sorted(path.rglob("*")):
-            relative = image.relative_to(path)
-            hidden = any(part.startswith(".") for part in relative.parts)
-            ours = image.resolve().is_relative_to(out.resolve())
-            if image.suffix.lower() in IMAGE_SUFFIXES and image.is_file() and not hidden and not ours:
-                yield image, relative
+        for image in _walk(path, results):
+            if image.suffix.lower() in IMAGE_SUFFIXES and image.is_file():
+                yield image, image.relative_to(path)
+
+
+def _walk(folder: Path, results: Collection[str]) -> list[Path]:
+    """List the files below a folder, sorted, without hidden ones and without those in the folders `results` below it.
+
+    Links to folders are followed after all folders that need none. Each folder is searched once, so loops end.
+    """
+    files: list[Path] = []
+    waiting, searched = [folder], set[str]()
+
+    def refuse(error: OSError) -> None:
+        raise error  # os.walk would leave the folder out
+
+    while waiting:
+        start = waiting.pop(0)
+        for root, names, found in os.walk(start, onerror=refuse):
+            real, here = os.path.realpath(root), Path(root)
+            if real in searched and here == start:
+                console.warn(f"{here} links to {real}, whose images are taken once")
+            if real in results and here != folder:
+                console.info(f"left out {here}, a folder of results")
+            if real in searched or (real in results and here != folder):
+                names.clear()
+                continue
+            searched.add(real)
+            visible = sorted(name for name in names if not name.startswith("."))
+            waiting += [here / name for name in visible if (here / name).is_symlink()]
+            names[:] = [name for name in visible if not (here / name).is_symlink()]
+            files += [here / name for name in found if not name.startswith(".")]
+    return sorted(files)
 
 
 def _plan(images: Sequence[tuple[Path, Path]], out: Path, outputs: Sequence[str]) -> list[_Request]:
@@ -178,45 +237,90 @@ def _predict_all(
     def read(request: _Request) -> tuple[ResizedImage, Tensor | None] | DataError:
         try:
             pixels = read_image(request.image)
+            return fit_image(pixels, settings.data.target_box, device), pixels if "overlay" in outputs else None
         except DataError as problem:
             return problem
-        return fit_image(pixels, settings.data.target_box, device), pixels if "overlay" in outputs else None
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return _out_of_memory(request)
 
     def read_all() -> Iterator[tuple[ResizedImage, tuple[_Request, Tensor | None]]]:
-        for request, result in zip(requests, prefetch(read, requests), strict=True):
+        images = prefetch(read, requests, lambda request: math.prod(_read_size(request.image)))
+        for request, result in zip(requests, images, strict=True):
             if isinstance(result, DataError):
                 skip(request, result)
             else:
                 yield result[0], (request, result[1])
 
+    def give_up(key: tuple[_Request, Tensor | None]) -> None:
+        skip(key[0], _out_of_memory(key[0]))
+
     wanted = "confidence" in outputs
-    results = segment(trained.network, read_all(), settings.inference, confidence=wanted)
+    results = segment(trained.network, read_all(), settings.inference, confidence=wanted, skip=give_up)
     for (request, pixels), label, confidence in results:
-        level = None if confidence is None else HostCopy((confidence * 255).round().to(torch.uint8))
+        level = None if confidence is None else HostCopy(_quantise(confidence))
         yield _Prediction(request, pixels, HostCopy(label), level)
 
 
-def _write(classes: ClassTable, prediction: _Prediction) -> _Request:
-    """Write the outputs of one image.
+def _out_of_memory(request: _Request) -> DataError:
+    height, width = _read_size(request.image)
+    return DataError(f"memory ran out on {height} x {width} pixels", request.image, OUT_OF_MEMORY)
+
+
+def _read_size(path: Path) -> tuple[int, int]:
+    """Height and width from the header of an image; 0 x 0 where reading all of it will say what is wrong."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except Exception:
+        return 0, 0
+
+
+def _quantise(confidence: Tensor) -> Tensor:
+    """Map 0..1 to 0..255, some rows at a time to bound memory.  # float32 H W -> uint8 H W"""
+    rows = max(PIXELS_AT_ONCE // confidence.shape[1], 1)
+    return torch.cat([part.mul(255).round_().to(torch.uint8) for part in confidence.split(rows)])
+
+
+def _count_pixels(prediction: _Prediction) -> int:
+    height, width = prediction.label.shape
+    return height * width
+
+
+def _write(classes: ClassTable, prediction: _Prediction) -> tuple[_Request, DataError | None]:
+    """Write the outputs of one image. The problem is that memory ran out."""
+    request = prediction.request
+    try:
+        for output, path in request.files.items():
+            write_png(path, _render(output, classes, prediction))
+    except MemoryError:
+        return request, _out_of_memory(request)
+    return request, None
+
+
+def _render(output: str, classes: ClassTable, prediction: _Prediction) -> NDArray[np.uint8]:
+    """The pixels of one output.  # uint8 H W or H W 3
 
     This uses numpy, because torch would start further threads in each writing thread.
     """
-    colors = np.array(classes.palette(), dtype=np.uint8).reshape(256, 3)
     label = prediction.label.numpy()
-    for output, path in prediction.request.files.items():
-        if output == "train-id":
-            pixels = label
-        elif output == "label-id":
-            pixels = np.array([c.label_id for c in classes.classes], dtype=np.uint8)[label]
-        elif output == "confidence":
-            assert prediction.confidence is not None
-            pixels = prediction.confidence.numpy()
-        elif output == "color":
-            pixels = colors.take(label, axis=0)  # H W 3
-        else:
+    if output == "train-id":
+        return label
+    if output == "confidence":
+        assert prediction.confidence is not None
+        return prediction.confidence.numpy()
+    colors = np.array(classes.palette(), dtype=np.uint8).reshape(256, 3)
+    table = np.array([c.label_id for c in classes.classes], dtype=np.uint8) if output == "label-id" else colors
+    result = np.empty((*label.shape, *table.shape[1:]), dtype=np.uint8)
+    step = max(PIXELS_AT_ONCE // label.shape[1], 1)
+    for start in range(0, len(label), step):
+        rows = slice(start, start + step)
+        if output == "overlay":
             assert prediction.pixels is not None
-            blend = (OVERLAY * colors.astype(np.float32)).take(label, axis=0)  # H W 3
-            blend += (1 - OVERLAY) * prediction.pixels.permute(1, 2, 0).numpy()
-            pixels = blend.round(out=blend).astype(np.uint8)
-        write_png(path, pixels)
-    return prediction.request
+            blend = (OVERLAY * colors.astype(np.float32)).take(label[rows], axis=0)  # n W 3
+            blend += (1 - OVERLAY) * prediction.pixels[:, rows].permute(1, 2, 0).numpy()
+            result[rows] = blend.round(out=blend)
+        else:
+            result[rows] = table.take(label[rows], axis=0)
+    return result

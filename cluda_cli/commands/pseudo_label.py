@@ -7,6 +7,7 @@
 """
 
 import json
+import math
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -137,7 +138,8 @@ def _label(trained: TrainedNetwork, index: Index, split: str, out: Path, thresho
     items, device = [], next(trained.network.parameters()).device
     total = torch.zeros(len(trained.classes), 256, dtype=torch.int64, device=device)
     with console.Progress(f"labelling {index.name} {split}", len(index.split(split))) as progress:
-        for item in prefetch(partial(_write, out), _predict_all(trained, index, split, threshold, total)):
+        predictions = _predict_all(trained, index, split, threshold, total)
+        for item in prefetch(partial(_write, out), predictions, lambda prediction: math.prod(prediction.item.size)):
             items.append(item)
             progress.advance()
     return items, total.cpu()
@@ -154,7 +156,7 @@ def _predict_all(
     def read(named: tuple[Item, str]) -> tuple[ResizedImage, tuple[Item, str]]:
         return fit_image(read_image(index.image_path(named[0])), settings.data.target_box, total.device), named
 
-    images = prefetch(read, zip(items, names, strict=True))
+    images = prefetch(read, zip(items, names, strict=True), lambda named: math.prod(named[0].size))
     for (item, name), label, confidence in segment(trained.network, images, settings.inference, confidence=True):
         assert confidence is not None
         level = (confidence * 255).round().to(torch.uint8)

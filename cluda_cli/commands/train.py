@@ -28,6 +28,7 @@ from cluda_cli.engine.sharding import unsharded
 from cluda_cli.engine.step import training_step
 from cluda_cli.errors import Interrupted
 from cluda_cli.inference.device import pick_device
+from cluda_cli.inference.metrics import Scores
 from cluda_cli.inference.scoring import compare_classes, score
 from cluda_cli.models.multires import MultiResolution
 from cluda_cli.settings import Decoder, Masking, Settings
@@ -155,22 +156,42 @@ def _due(step: int, every: int, steps: int) -> bool:
 
 
 def _validate(run: Run, files: RunFolder, target: Index, stop: "_StopRequest") -> None:
-    """Score the evaluated network on the target's val split; keep its weights if it is the best so far."""
-    settings, data = run.settings, run.settings.data
-    with stop.immediate(), unsharded(run.evaluated):
-        scores = score(
-            run.evaluated, target, split="val", classes=run.classes, seen=run.seen, box=data.target_box,
-            evaluation=settings.inference, device=run.device,
-        )  # fmt: skip
-    miou, accuracy = scores.miou, scores.pixel_accuracy
+    """Score student and teacher on the target's val split. Keep the evaluated one's weights if they are the best."""
+    settings, data, found = run.settings, run.settings.data, {}
+    with stop.immediate():
+        for name, network in run.networks.items():
+            with unsharded(network):
+                found[name] = score(
+                    network, target, split="val", classes=run.classes, seen=run.seen, box=data.target_box,
+                    evaluation=settings.inference, device=run.device,
+                )  # fmt: skip
+    lines = {name: _summarise(scores) for name, scores in found.items()}
+    line = {"step": run.step} | lines[settings.evaluation.network]
+    miou = line["miou"]
     best = math.isfinite(miou) and (run.best is None or miou > run.best["miou"])
     if best:
         files.save_best(run)
         run.best = {"miou": miou, "step": run.step}
-    line = {"step": run.step, "miou": miou, "iou": scores.iou_by_name(), "pixel_accuracy": accuracy}
-    files.log(line)
+    files.log(line | {f"{name}/{key}": value for name, keys in lines.items() for key, value in keys.items()})
     run.validated = run.step
-    console.info(f"step {run.step}: {target.name} val mIoU {miou:.2f}, pixel accuracy {accuracy:.2f}")
+    for name, scores in found.items():
+        common = f" (common pixels {scores.miou_common_pixels:.2f})" if scores.target_private else ""
+        rest = f"pixel accuracy {scores.pixel_accuracy:.2f}, {name}"
+        console.info(f"step {run.step}: {target.name} val mIoU {scores.miou:.2f}{common}, {rest}")
+    if "teacher" in found and found["teacher"].never_predicted:
+        lost = ", ".join(found["teacher"].never_predicted)
+        console.warn(f"step {run.step}: the teacher predicts no pixel of {target.name} val as {lost}")
+
+
+def _summarise(scores: Scores) -> dict[str, Any]:
+    """What a validation logs of one network."""
+    return {
+        "miou": scores.miou,
+        "miou_common_pixels": scores.miou_common_pixels,
+        "iou": scores.iou_by_name(),
+        "pixel_accuracy": scores.pixel_accuracy,
+        "never_predicted": scores.never_predicted,
+    }
 
 
 def _log(run: Run, files: RunFolder, terms: dict[str, torch.Tensor]) -> None:

@@ -106,6 +106,19 @@ class Run:
         """The network that is validated and deployed."""
         return self.student if self.settings.evaluation.network == "student" else self.teacher.network
 
+    @property
+    def networks(self) -> dict[str, Segmenter]:
+        """The networks that a validation scores, by name: the evaluated one, the student, and a teacher that labels.
+
+        Nothing moves the batch-norm statistics of a teacher that labels nothing.
+        """
+        names = {"student", self.settings.evaluation.network}
+        if any(
+            view != "source" for objective in self.objectives.values() for group in objective.reads for view in group
+        ):
+            names.add("teacher")
+        return {name: self.student if name == "student" else self.teacher.network for name in sorted(names)}
+
     def source_law(self, step: int) -> tuple[float, ...] | None:
         """Probabilities with which source classes are drawn for the batch of `step`; None: those of the settings."""
         laws = (objective.source_law(step) for objective in self.objectives.values())

@@ -21,6 +21,8 @@ R = TypeVar("R")
 
 FEWEST_THREADS, MOST_THREADS = 4, 16
 """Bounds of the number of threads that read images or write results; reading waits for the disk, so few cores do."""
+PIXELS_AHEAD = 2**26
+"""Pixels of images that threads hold at a time; about 10 bytes each while one is decoded."""
 
 
 def pin_memory(tensor: Tensor, device: torch.device) -> Tensor:
@@ -39,6 +41,7 @@ class HostCopy:
     def __init__(self, tensor: Tensor) -> None:
         on_gpu = tensor.device.type == "cuda"
         self._tensor = tensor.to("cpu", non_blocking=on_gpu)
+        self.shape = tensor.shape
         self._arrived = torch.cuda.current_stream(tensor.device).record_event() if on_gpu else None
 
     def numpy(self) -> NDArray[Any]:
@@ -47,23 +50,29 @@ class HostCopy:
         return self._tensor.numpy()
 
 
-def prefetch(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def prefetch(
+    function: Callable[[T], R], items: Iterable[T], count_pixels: Callable[[T], int] = lambda _: 0
+) -> Iterator[R]:
     """`map` in threads, one for each usable core within bounds, as many items ahead as there are threads.
 
-    Results keep their order. An exception is raised at its item.
+    Results keep their order. An exception is raised at its item. Items that are ahead have at most PIXELS_AHEAD pixels
+    together, as `count_pixels` counts them. A larger one is alone.
     """
     threads = min(max(usable_cores(), FEWEST_THREADS), MOST_THREADS)
-    pending: deque[Future[R]] = deque()
+    pending: deque[tuple[Future[R], int]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
             for item in items:
-                pending.append(pool.submit(function, item))
+                pixels = count_pixels(item)
+                while pending and pixels + sum(ahead for _, ahead in pending) > PIXELS_AHEAD:
+                    yield pending.popleft()[0].result()
+                pending.append((pool.submit(function, item), pixels))
                 if len(pending) > threads:
-                    yield pending.popleft().result()
+                    yield pending.popleft()[0].result()
             while pending:
-                yield pending.popleft().result()
+                yield pending.popleft()[0].result()
         finally:
-            for future in pending:  # after an error or Ctrl-C no other item begins
+            for future, _ in pending:  # after an error or Ctrl-C no other item begins
                 future.cancel()
 
 

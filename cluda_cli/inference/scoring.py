@@ -1,11 +1,9 @@
 """Scores of a network on the labelled images of a split, for validation and `eval`. H W pixels."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from cluda_cli import console, settings
@@ -13,8 +11,8 @@ from cluda_cli.data.index import Index, Item
 from cluda_cli.data.labels import IGNORE, ClassTable
 from cluda_cli.data.transforms import read_image, read_label
 from cluda_cli.distributed import collectives
-from cluda_cli.errors import DataError
-from cluda_cli.inference.metrics import Confusion, Scores
+from cluda_cli.errors import OUT_OF_MEMORY, DataError, EnvironmentProblem, is_out_of_memory
+from cluda_cli.inference.metrics import PIXELS_AT_ONCE, Confusion, Scores
 from cluda_cli.inference.prefetch import pin_memory, prefetch, to_device
 from cluda_cli.inference.sliding import ResizedImage, eval_mode, fit_image, segment
 from cluda_cli.models.segmenter import Segmenter
@@ -33,33 +31,58 @@ def score(
 ) -> Scores:
     """Score a network on the labelled images of a split.
 
-    `classes` are the network's, and labels are matched to them by name. `seen` names those that occur in the source
+    `classes` are the network's; the dataset's are matched to them by name. `seen` names those that occur in the source
     labels. Images are resized to fit `box`. The network is on `device`. With several processes, each takes its share of
     the images, and all get the scores of all images.
 
     Raises DataError if the split has no labels. Raises DataError that names the file if a label does not fit its image
-    or holds an id that the dataset does not have.
+    or holds an id that the dataset does not have, EnvironmentProblem that names it if memory runs out.
     """
     items = index.labelled(split)
     if not items:
         without = len(index.split(split))
         raise DataError(f'the {without} images of split "{split}" have no labels', index.folder, "take another --split")
-    confusion = Confusion(len(classes), device=device)
-    read = partial(_read_pair, index, np.array(index.classes.remap_to(classes), dtype=np.uint8), box, device)
+    confusion = Confusion(len(index.classes), len(classes), device=device)
+
+    def read(item: Item) -> tuple[ResizedImage, tuple[Item, Tensor]]:
+        try:
+            return _read_pair(index, box, device, item)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise _out_of_memory(index, item) from None
+
+    def refuse(key: tuple[Item, Tensor]) -> None:
+        raise _out_of_memory(index, key[0])
+
     share = items[collectives.rank() :: collectives.world_size()]
     progress = console.Progress(f"evaluating {index.name} {split}", len(share))
     with collectives.fail_together(), progress, eval_mode(network):
-        for label, prediction, _ in segment(network, prefetch(read, share), evaluation):
+        images = prefetch(read, share, lambda item: item.size[0] * item.size[1])
+        for (_, label), prediction, _ in segment(network, images, evaluation, skip=refuse):
             confusion.update(prediction, to_device(label, device))  # does not wait for a GPU
             progress.advance()
-    confusion.counts = collectives.all_reduce_sum(confusion.counts)
-    return Scores(classes, tuple(seen), index.classes.names, confusion, len(items))
+    joint = _name_rows(collectives.all_reduce_sum(confusion.counts), index.classes, classes)
+    return Scores(classes, tuple(seen), index.classes.names, joint, len(items))
+
+
+def _out_of_memory(index: Index, item: Item) -> EnvironmentProblem:
+    height, width = item.size
+    return EnvironmentProblem(f"memory ran out on {height} x {width} pixels", index.image_path(item), OUT_OF_MEMORY)
+
+
+def _name_rows(counts: Tensor, dataset: ClassTable, network: ClassTable) -> Confusion:
+    """Counts with the dataset's classes as rows and the network's as columns, with the classes of both on both axes."""
+    names = network.union(dataset).names
+    joint = Confusion(len(names), device=counts.device)
+    joint.counts[[names.index(name) for name in dataset.names], : len(network)] = counts
+    return joint
 
 
 def _read_pair(
-    index: Index, table: NDArray[np.uint8], box: tuple[int, int] | None, device: torch.device, item: Item
-) -> tuple[ResizedImage, Tensor]:
-    """Read an image and its label. `table` maps train ids of the dataset to those of the network.  # uint8 H W
+    index: Index, box: tuple[int, int] | None, device: torch.device, item: Item
+) -> tuple[ResizedImage, tuple[Item, Tensor]]:
+    """Read the image of an item and its label, train ids of the dataset.  # uint8 H W
 
     This uses numpy, because torch would start further threads in each reading thread.
     """
@@ -68,24 +91,25 @@ def _read_pair(
     if image.shape[1:] != label.shape:
         sizes = [" x ".join(map(str, size)) for size in (label.shape, image.shape[1:])]
         raise DataError(f"label is {sizes[0]} pixels, its image {sizes[1]}", path, "run `cluda prepare` again")
-    ids = np.bincount(label.numpy().ravel(), minlength=256).nonzero()[0]
+    rows = np.array_split(label.numpy(), -(-label.numel() // PIXELS_AT_ONCE))  # `bincount` takes 8 bytes per pixel
+    ids = np.sum([np.bincount(part.ravel(), minlength=256) for part in rows], axis=0).nonzero()[0]
     unknown = [str(i) for i in ids if len(index.classes) <= i != IGNORE]
     if unknown:
         what = f"label holds {', '.join(unknown)}; train ids are 0..{len(index.classes) - 1} and {IGNORE}"
         raise DataError(what, path, "run `cluda prepare` again")
-    return fit_image(image, box, device), pin_memory(torch.from_numpy(table[label.numpy()]), device)
+    return fit_image(image, box, device), (item, pin_memory(label, device))
 
 
 def compare_classes(dataset: ClassTable, network: ClassTable) -> None:
     """Warn of classes that only the dataset or only the network has. Raises DataError if they share none."""
-    ignored = [name for name in dataset.names if name not in network.names]
+    unknown = [name for name in dataset.names if name not in network.names]
     unscored = [name for name in network.names if name not in dataset.names]
-    if len(ignored) == len(dataset):
-        raise DataError("dataset and checkpoint have no class name in common", "", f"the dataset has: {ignored}")
-    if ignored:
-        console.warn(f"the network does not have these classes, so their pixels are ignored: {', '.join(ignored)}")
+    if len(unknown) == len(dataset):
+        raise DataError("dataset and checkpoint have no class name in common", "", f"the dataset has: {unknown}")
+    if unknown:
+        console.warn(f"only the dataset has these classes, so the network can only err on them: {', '.join(unknown)}")
     if unscored:
-        console.warn(f"the dataset does not have these classes, so they are not scored: {', '.join(unscored)}")
-    if len(dataset) - len(ignored) == 1:
+        console.warn(f"only the network has these classes, so they are not scored: {', '.join(unscored)}")
+    if len(dataset) - len(unknown) == 1:
         common = next(name for name in dataset.names if name in network.names)
         console.warn(f"only {common} is scored: a network that predicts it everywhere would have an IoU of 100")

@@ -49,6 +49,10 @@ class MultiResolution(Segmenter):
         return math.lcm(self.cell, self.encoder.pad_multiple * self.downscale)
 
     @property
+    def alignment(self) -> int:
+        return math.lcm(self.pad_multiple, super().alignment * self.downscale)
+
+    @property
     def smallest(self) -> int:
         return super().smallest * self.downscale
 

@@ -3,6 +3,7 @@
 B batch, K classes, D fused channels, H W pixels, h w cells of the decoder's grid, a b cells of a detail crop.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -68,6 +69,11 @@ class Segmenter(nn.Module):
     def pad_multiple(self) -> int:
         """Images whose height and width are multiples of it fit the network."""
         return self.encoder.pad_multiple
+
+    @property
+    def alignment(self) -> int:
+        """Pixels. In every map, a part of an image that begins at a multiple of it has the cells of the whole image."""
+        return math.lcm(self.pad_multiple, *self.encoder.strides)
 
     @property
     def normalisation(self) -> Normalisation:

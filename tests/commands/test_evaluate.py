@@ -88,14 +88,17 @@ def test_json_has_exactly_the_documented_keys_and_exact_values(
     evaluate(checkpoint, device="cpu", as_json=True)  # dataset, root, box: from the checkpoint
     found = json.loads(capsys.readouterr().out)
     assert list(found) == [
-        "checkpoint", "dataset", "split", "images", "network", "protocols", "unseen", "pixel_accuracy", "mean_accuracy",
+        "checkpoint", "dataset", "split", "images", "network", "protocols", "target_private", "pixel_accuracy",
+        "mean_accuracy",
     ]  # fmt: skip
-    assert [found[key] for key in ("checkpoint", "dataset", "split", "images", "network", "unseen")] == [
+    assert [found[key] for key in ("checkpoint", "dataset", "split", "images", "network", "target_private")] == [
         str(checkpoint), "toy", "val", 3, "student", list(UNSEEN),
     ]  # fmt: skip
     protocols = found["protocols"]
     assert {name: set(value) for name, value in protocols.items()} == {
-        "all": {"miou", "miou_with_unseen", "classes"}, "16": {"miou", "classes"}, "13": {"miou", "classes"},
+        "all": {"miou", "miou_common_pixels", "miou_all_classes", "classes"},
+        "16": {"miou", "miou_common_pixels", "classes"},
+        "13": {"miou", "miou_common_pixels", "classes"},
     }  # fmt: skip
     iou = expected.iou
     seen = torch.tensor([name in SEEN for name in CITY.names])
@@ -104,7 +107,12 @@ def test_json_has_exactly_the_documented_keys_and_exact_values(
         for name, value in zip(CITY.names, iou.tolist(), strict=True)
     }
     assert protocols["all"]["miou"] == round_percent(100 * iou[seen].nanmean().item()) == protocols["16"]["miou"]
-    assert protocols["all"]["miou_with_unseen"] == round_percent(100 * iou.nanmean().item())
+    assert protocols["all"]["miou_all_classes"] == round_percent(100 * iou.nanmean().item())
+    common = Confusion(19)
+    common.counts += expected.counts * seen[:, None]
+    without = round_percent(100 * common.iou[seen].nanmean().item())
+    assert [protocols[name]["miou_common_pixels"] for name in ("all", "16")] == [without] * 2
+    assert without != protocols["all"]["miou"] and protocols["13"]["miou_common_pixels"] != protocols["13"]["miou"]
     assert protocols["16"]["classes"]["train"] is None and protocols["13"]["classes"]["wall"] is None
     assert found["pixel_accuracy"] == round_percent(100 * expected.pixel_accuracy)
     assert found["mean_accuracy"] == round_percent(100 * expected.accuracy[seen].nanmean().item())
@@ -128,8 +136,9 @@ def test_table_shows_protocols_side_by_side(
     assert rows["wall"] == [wall, wall, "-"]
     assert rows["traffic light"] and rows["train"] == ["-", "-", "-"]
     assert rows["mean IoU"][0] == rows["mean IoU"][1] == f"{100 * iou[[n in SEEN for n in CITY.names]].nanmean():.2f}"
-    assert text.split("with unseen")[1].split()[0] == f"{100 * iou.nanmean():.2f}"
-    assert "the source never had terrain, truck, train" in text
+    assert rows["mean IoU, common pixels"][0] == rows["mean IoU, common pixels"][1] != rows["mean IoU"][0]
+    assert text.split("mean IoU, all classes")[1].split()[0] == f"{100 * iou.nanmean():.2f}"
+    assert "target-private, never in the source: terrain, truck, train" in text
     assert "pixel accuracy" in text and "mean accuracy" in text
 
 
@@ -149,7 +158,7 @@ def test_classes_are_matched_by_name(checkpoint: Path, tmp_path: Path, capsys: p
     assert "unicorn" in talk
 
 
-def test_classes_that_only_one_side_has_are_told_and_do_not_count(
+def test_classes_that_only_one_side_has_are_told(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = ("road", "sky", "car")
@@ -160,14 +169,15 @@ def test_classes_that_only_one_side_has_are_told_and_do_not_count(
     found = json.loads(text)
     scored = {name for name, value in found["protocols"]["all"]["classes"].items() if value is not None}
     assert scored == set(names)
-    assert "unicorn" in talk and "not scored: sidewalk, building" in talk
+    assert "unicorn" in talk and "not scored: sidewalk, building" in talk and found["target_private"] == ["unicorn"]
     matrix = json.loads((tmp_path / "new" / "confusion.json").read_text())
-    assert matrix["classes"] == list(CITY.names)
+    assert matrix["classes"] == [*CITY.names, "unicorn"]
     labels = [np.array(Image.open(index.label_path(item))) for item in index.labelled("val")]
-    known = sum(int((label < 3).sum()) for label in labels)  # unicorns are ignored
-    assert np.array(matrix["counts"]).shape == (19, 19) and np.sum(matrix["counts"]) == known
+    labelled = sum(int((label != IGNORE).sum()) for label in labels)
+    assert np.array(matrix["counts"]).shape == (20, 20) and np.sum(matrix["counts"]) == labelled
     rows = np.array(matrix["counts"]).sum(1)
-    assert {CITY.names[i] for i in rows.nonzero()[0]} == set(names)
+    assert {matrix["classes"][i] for i in rows.nonzero()[0]} == {*names, "unicorn"}
+    assert 0 < found["protocols"]["all"]["miou"] < found["protocols"]["all"]["miou_common_pixels"]
 
 
 def test_other_class_tables_have_one_protocol(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,11 +193,12 @@ def test_other_class_tables_have_one_protocol(tmp_path: Path, capsys: pytest.Cap
     save_weights(path, make_network(4).state_dict(), description)
     evaluate(path, dataset="toy", device="cpu", as_json=True)
     found = json.loads(capsys.readouterr().out)
-    assert list(found["protocols"]) == ["all"] and found["unseen"] == [] and found["network"] == "teacher"
+    assert list(found["protocols"]) == ["all"] and found["target_private"] == [] and found["network"] == "teacher"
+    assert found["protocols"]["all"]["miou"] == found["protocols"]["all"]["miou_common_pixels"]
     evaluate(path, dataset=str(tmp_path / "prepared" / "toy"), data_root=tmp_path / "nowhere", device="cpu")
     text = capsys.readouterr().out
     assert next(line for line in text.splitlines() if "class" in line).split() == ["class", "all"]
-    assert "with unseen" not in text
+    assert text.count("mean IoU") == 1 and "target-private" not in text  # nothing to tell apart
 
 
 def test_split_without_labels_is_said(checkpoint: Path, tmp_path: Path) -> None:
@@ -204,7 +215,8 @@ def test_nothing_in_common_is_said(checkpoint: Path, tmp_path: Path) -> None:
         evaluate(checkpoint, device="cpu")
 
 
-def test_labels_that_are_all_ignored_are_said(checkpoint: Path, tmp_path: Path) -> None:
-    make_dataset(tmp_path, CITY, ids=[IGNORE])
+@pytest.mark.parametrize("ids", [[IGNORE], [CITY.names.index(name) for name in UNSEEN]])
+def test_labels_without_a_common_class_are_said(checkpoint: Path, tmp_path: Path, ids: list[int]) -> None:
+    make_dataset(tmp_path, CITY, ids=ids)
     with pytest.raises(DataError, match='no pixel of split "val" is labelled'):
         evaluate(checkpoint, device="cpu")

@@ -2,18 +2,22 @@
 
 import json
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from cluda_cli.commands import predict as verb
 from cluda_cli.commands.predict import OUTPUTS, find_images, find_newest_checkpoint, predict
 from cluda_cli.data.labels import CITYSCAPES, ClassTable, LabelClass
 from cluda_cli.data.transforms import read_image
 from cluda_cli.errors import DataError, SettingsError
+from cluda_cli.inference import sliding
 from cluda_cli.inference.sliding import image_logits
 from cluda_cli.inference.weights_file import NetworkDescription, save_weights
 from cluda_cli.models.segmenter import Segmenter
@@ -123,10 +127,103 @@ def test_folders_files_and_globs(checkpoint: Path, tmp_path: Path, capsys: pytes
     assert all(Path(image["outputs"]["train-id"]).is_file() for image in found["images"])
 
 
-def test_results_are_not_found_as_images_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("out", ["out", "."])
+def test_results_are_not_found_as_images_again(tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str) -> None:
+    """`out` may be the folder of the images itself, or a folder in it."""
     save_picture(tmp_path / "a.png")
-    save_picture(tmp_path / "out" / "color" / "a.png")
-    assert find_images([str(tmp_path)], tmp_path / "out") == [(tmp_path / "a.png", Path("a.png"))]
+    for inputs in ([str(tmp_path)], [str(tmp_path / "**" / "*.png")]):
+        assert find_images(inputs, tmp_path / out) == [(tmp_path / "a.png", Path("a.png"))]
+    save_picture(tmp_path / out / "color" / "a.png")
+    for inputs in ([str(tmp_path)], [str(tmp_path / "**" / "*.png")]):
+        assert find_images(inputs, tmp_path / out) == [(tmp_path / "a.png", Path("a.png"))]
+    assert f"left out {tmp_path / out / 'color'}, a folder of results\n" in capsys.readouterr().err
+
+
+def test_the_folder_of_the_images_can_take_the_results(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    save_picture(folder / "a.png")
+    for _ in range(2):
+        predict([str(folder)], checkpoint=checkpoint, out=folder, outputs=["color"], device="cpu")
+        assert names(folder) == {"a.png", "color/a.png"}
+
+
+def test_links_to_folders_are_followed_once_and_loops_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    save_picture(folder / "real" / "a.png")
+    save_picture(elsewhere / "deep" / "b.png")
+    save_picture(elsewhere / "c.png")
+    (folder / "0link").symlink_to(folder / "real")  # sorts before what it leads to
+    (folder / "link").symlink_to(elsewhere)
+    (folder / "link2").symlink_to(elsewhere / "deep")
+    (folder / "real" / "loop").symlink_to(folder)
+    (folder / "nothing").symlink_to(tmp_path / "missing")
+    expected = {"real/a.png", "link/c.png", "link/deep/b.png"}
+    found = find_images([str(folder)], tmp_path / "out")
+    assert {relative.as_posix() for _, relative in found} == expected
+    talk = capsys.readouterr().err
+    for link, target in (("real/loop", folder), ("0link", folder / "real"), ("link2", elsewhere / "deep")):
+        assert f"warning: {folder / link} links to {target}, whose images are taken once\n" in talk
+    assert talk.count("warning") == 3
+    found = find_images([str(folder / "**" / "*.png")], tmp_path / "out")
+    assert {image.relative_to(folder).as_posix() for image, _ in found} == expected
+    found = find_images([str(folder / "**" / "deep" / "?.png")], tmp_path / "out")
+    assert [image.name for image, _ in found] == ["b.png"]
+
+
+def test_what_is_neither_a_file_nor_a_folder_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(DataError, match="is neither a file nor a folder"):
+        find_images([str(tmp_path / "a.png")], tmp_path / "out")
+    with pytest.raises(DataError, match="no images in this folder"):
+        find_images([str(tmp_path)], tmp_path / "out")
+
+
+@pytest.mark.parametrize("where", ["read_image", "fit_image", "_render", "_run_network"])
+def test_pictures_after_one_that_exhausts_memory_are_done(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    for name, height in (("a", 16), ("b", 24), ("c", 16)):
+        save_picture(tmp_path / "in" / f"{name}.png", (height, 32))
+
+    def exhaust(owner: Any, function: str, is_second: Callable[..., bool], error: Exception) -> None:
+        honest = getattr(owner, function)
+
+        def run(*args: Any) -> Any:
+            if is_second(*args):
+                raise error
+            return honest(*args)
+
+        monkeypatch.setattr(owner, function, run)
+
+    if where == "read_image":
+        exhaust(verb, where, lambda path: path.stem == "b", MemoryError())
+    elif where == "fit_image":
+        exhaust(verb, where, lambda pixels, *_: pixels.shape[1] == 24, RuntimeError("DefaultCPUAllocator: no memory"))
+    elif where == "_run_network":
+        exhaust(sliding, where, lambda _, images, __: images[0].original[0] == 24, MemoryError())
+    else:
+        exhaust(verb, where, lambda _, __, prediction: prediction.label.shape[0] == 24, MemoryError())
+    with pytest.raises(DataError, match="1 of 3 images were skipped"):
+        predict(
+            [str(tmp_path / "in")], checkpoint=checkpoint, out=tmp_path / "out", outputs=["color"], device="cpu",
+            as_json=True,
+        )  # fmt: skip
+    text, talk = capsys.readouterr()
+    assert [Path(image["input"]).stem for image in json.loads(text)["images"]] == ["a", "c"]
+    assert names(tmp_path / "out") == {"color/a.png", "color/c.png"}
+    assert f"warning: {tmp_path / 'in' / 'b.png'}: memory ran out on 24 x 32 pixels" in talk
+
+
+def test_outputs_made_in_parts_are_the_same(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = save_picture(tmp_path / "a.png")
+    predict([str(picture)], checkpoint=checkpoint, out=tmp_path / "whole", outputs=OUTPUTS, device="cpu")
+    monkeypatch.setattr(verb, "PIXELS_AT_ONCE", 100)
+    predict([str(picture)], checkpoint=checkpoint, out=tmp_path / "parts", outputs=OUTPUTS, device="cpu")
+    for output in OUTPUTS:
+        whole, parts = (opened(tmp_path / name / output / "a.png") for name in ("whole", "parts"))
+        assert np.array_equal(whole, parts)
 
 
 def test_equal_names_do_not_replace_each_other(
@@ -152,7 +249,7 @@ def test_broken_image_is_skipped_and_told_at_the_end(
         save_picture(tmp_path / "in" / f"{name}.png")
     broken = tmp_path / "in" / "b.png"
     broken.write_bytes(broken.read_bytes()[:100])
-    with pytest.raises(DataError, match="1 of 3 images could not be read") as caught:
+    with pytest.raises(DataError, match="1 of 3 images were skipped") as caught:
         predict(
             [str(tmp_path / "in")], checkpoint=checkpoint, out=tmp_path / "out", outputs=["color"], device="cpu",
             as_json=True,

@@ -8,6 +8,7 @@ import signal
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -21,7 +22,9 @@ from cluda_cli.data.labels import ClassTable
 from cluda_cli.engine.folder import RunFolder
 from cluda_cli.engine.state_file import load_state, save_state
 from cluda_cli.errors import DataError, Interrupted, RunError, SettingsError
+from cluda_cli.inference.scoring import score
 from cluda_cli.inference.weights_file import load_weights
+from cluda_cli.models.multires import build_segmenter
 
 CPU = torch.device("cpu")
 TIMEOUT = 600  # seconds, for machines with much else to do
@@ -95,6 +98,88 @@ def test_a_run_leaves_what_it_promises(whole, make_tiny_settings):
     width = 7 * (48 + 4)  # source, label, target, pseudo-label, mixed, its label, prediction; gaps of 4
     with Image.open(folder / "pictures" / "000003.png") as picture:
         assert picture.size == (width, 2 * (32 + 4))
+
+
+SCORES = ("miou", "miou_common_pixels", "iou", "pixel_accuracy", "never_predicted")
+
+
+@pytest.mark.parametrize("evaluated", ["student", "teacher"])
+def test_every_validation_scores_student_and_teacher_each_in_its_own_evaluation_mode(
+    tiny_settings, tmp_path, capsys, evaluated
+):
+    settings = presets.validate(
+        presets.merge(tiny_settings.model_dump(mode="json"), {"evaluation": {"network": evaluated}})
+    )
+    train(settings, tmp_path / "x")
+    found = [line for line in metrics(tmp_path / "x") if "miou" in line]
+    names = [f"{name}/{key}" for name in ("student", "teacher") for key in SCORES]
+    assert [list(line) for line in found] == [["step", *SCORES, *names]] * 2
+    assert all(line[key] == line[f"{evaluated}/{key}"] for line in found for key in SCORES)
+    assert any(line["student/iou"] != line["teacher/iou"] for line in found)
+    talk = capsys.readouterr().err
+    for line in found:
+        for name in ("student", "teacher"):
+            assert f"step {line['step']}: noisy val mIoU {line[f'{name}/miou']:.2f}, pixel accuracy" in talk
+    state = load_state(tmp_path / "x" / "resume" / "state.pt")
+    assert state["best"]["miou"] == max(line["miou"] for line in found)
+    target = find("noisy", settings.data.root)
+    for name in ("student", "teacher"):
+        network = build_segmenter(settings.model, settings.data.crop, 5)
+        prefix = "network." if name == "teacher" else ""
+        network.load_state_dict({key.removeprefix(prefix): value for key, value in state[name].items()})
+        scores = score(
+            network.eval(), target, split="val", classes=target.classes, seen=target.classes.names, box=None,
+            evaluation=settings.inference, device=CPU,
+        )  # fmt: skip
+        assert found[-1][f"{name}/miou"] == pytest.approx(scores.miou)
+
+
+def test_a_teacher_that_labels_nothing_is_scored_only_if_it_is_saved(tiny_settings, tmp_path):
+    off = {"objectives": {"mixed": False, "pixel_contrast": False}, "training": {"steps": 1}}
+    for evaluated, names in (("student", {"student"}), ("teacher", {"student", "teacher"})):
+        changes = presets.merge(off, {"evaluation": {"network": evaluated}})
+        train(presets.validate(presets.merge(tiny_settings.model_dump(mode="json"), changes)), tmp_path / evaluated)
+        line = metrics(tmp_path / evaluated)[-1]
+        assert {key.split("/")[0] for key in line if "/" in key} == names
+
+
+def test_classes_that_the_teacher_predicts_nowhere_are_named(tiny_settings, tmp_path, capsys, monkeypatch):
+    honest = verb.score
+
+    def collapse(network, *args, **options):
+        scores = honest(network, *args, **options)
+        counts = scores.confusion.counts  # all cars become sky
+        car, sky = (scores.names.index(name) for name in ("car", "sky"))
+        counts[:, sky] += counts[:, car]
+        counts[:, car] = 0
+        return scores
+
+    monkeypatch.setattr(verb, "score", collapse)
+    train(with_training(tiny_settings, steps=1), tmp_path / "x")
+    line = metrics(tmp_path / "x")[-1]
+    assert "car" in line["teacher/never_predicted"] and "sky" not in line["teacher/never_predicted"]
+    lost = ", ".join(line["teacher/never_predicted"])
+    assert f"warning: step 1: the teacher predicts no pixel of noisy val as {lost}\n" in capsys.readouterr().err
+
+
+def test_both_means_are_shown_where_the_target_has_a_class_that_the_source_never_shows(tiny_settings, tmp_path, capsys):
+    root = tiny_settings.data.root
+    source = find("clean", root)
+    without_car = [
+        replace(item, pixels={k: n for k, n in item.pixels.items() if source.classes.names[k] != "car"})
+        for item in source.splits["train"]
+    ]
+    replace(source, splits={"train": tuple(without_car)}).save()
+    for item in source.splits["train"]:
+        path = source.label_path(item)
+        label = np.array(Image.open(path))
+        label[label == source.classes.names.index("car")] = 255
+        Image.fromarray(label).save(path)
+    train(with_training(tiny_settings, steps=1), tmp_path / "x")
+    line = metrics(tmp_path / "x")[-1]
+    assert line["miou"] < line["miou_common_pixels"]
+    shown = f"noisy val mIoU {line['student/miou']:.2f} (common pixels {line['student/miou_common_pixels']:.2f}), "
+    assert shown in capsys.readouterr().err
 
 
 # Batch norms of the encoder are frozen where a micro-batch is one image whose last map is one cell.

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cluda_cli.data.batch import Batch, to_device
+from cluda_cli.data.index import Index, Item
 from cluda_cli.data.streams import LOOKAHEAD, batches
 from cluda_cli.errors import DataError, EnvironmentProblem
 from cluda_cli.settings import Data, RareClass

@@ -3,12 +3,14 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from cluda_cli.data.labels import CAMVID, CITYSCAPES, PROTOCOLS, ClassTable
+from cluda_cli.data.labels import CAMVID, CITYSCAPES, PROTOCOLS, ClassTable, LabelClass
+from cluda_cli.inference import metrics
 from cluda_cli.inference.metrics import Confusion, Scores, count_values
 
 CITY = ClassTable(CITYSCAPES)
@@ -113,8 +115,8 @@ def test_synthia_protocols_average_exactly_their_classes() -> None:
     assert protocols["16"]["miou"] == pytest.approx(60.9, abs=0.2)
     assert protocols["13"]["miou"] == pytest.approx(67.4, abs=0.2)
     assert protocols["all"]["miou"] == protocols["16"]["miou"] == round(scores.miou, 2)
-    assert protocols["all"]["miou_with_unseen"] == pytest.approx(protocols["16"]["miou"] * 16 / 19, abs=0.01)
-    assert scores.unseen == ("terrain", "truck", "train")
+    assert protocols["all"]["miou_all_classes"] == pytest.approx(protocols["16"]["miou"] * 16 / 19, abs=0.01)
+    assert scores.target_private == ("terrain", "truck", "train")
     for protocol in protocols.values():
         assert list(protocol["classes"]) == list(CITY.names)
         assert all(protocol["classes"][name] is None for name in unseen)  # never 0
@@ -143,6 +145,52 @@ def test_class_that_the_labels_cannot_have_is_not_scored() -> None:
     scores.confusion.counts[0, 11] = 100  # road taken for person
     assert scores.miou == 50  # road 50, sky 50; person has no IoU, though it was predicted
     assert scores.protocols()["all"]["classes"]["person"] is None
+
+
+def hand_counted() -> Scores:
+    """The source shows road and car and lists rider, the target also has bicyclist, and no car is predicted."""
+    table = ClassTable(tuple(LabelClass(name, (0, 0, 0), 0) for name in ("road", "car", "rider")))
+    confusion = Confusion(4)  # road, car, rider, bicyclist
+    confusion.counts = torch.tensor([[6, 0, 2, 0], [4, 0, 0, 0], [1, 0, 1, 0], [3, 0, 0, 0]])
+    return Scores(table, ("road", "car"), ("road", "car", "rider", "bicyclist"), confusion, 1)
+
+
+def test_pixels_of_classes_that_the_source_never_shows_are_errors_or_left_out() -> None:
+    scores = hand_counted()
+    assert scores.target_private == ("rider", "bicyclist") and scores.common_pixels == 12
+    # road: 6 right, 2 missed, and 4 cars, 1 rider, 3 bicyclists taken for it; car: none right
+    assert scores.miou == pytest.approx(100 * (6 / 16 + 0) / 2)
+    assert scores.miou_common_pixels == pytest.approx(100 * (6 / 12 + 0) / 2)  # without riders and bicyclists
+    everything = scores.protocols()["all"]
+    assert (everything["miou"], everything["miou_common_pixels"]) == (18.75, 25.0)
+    rider = 1 / (2 + 3 - 1)
+    assert everything["miou_all_classes"] == pytest.approx(100 * (6 / 16 + 0 + rider + 0) / 4, abs=0.006)
+    assert everything["classes"] == {"road": 37.5, "car": 0.0, "rider": None}
+    assert scores.iou_by_name() == {"road": 37.5, "car": 0.0, "rider": 25.0}
+
+
+def test_both_means_are_equal_where_the_source_shows_every_class() -> None:
+    scores = replace(hand_counted(), seen=("road", "car", "rider", "bicyclist"))
+    assert scores.target_private == () and scores.miou == scores.miou_common_pixels
+
+
+def test_a_common_class_that_is_labelled_but_never_predicted_is_named() -> None:
+    assert hand_counted().never_predicted == ("car",)  # the source does not show bicyclist
+    scores = hand_counted()
+    scores.confusion.counts[1, 0] = 0
+    assert scores.never_predicted == ()  # no pixel is labelled car
+
+
+def test_pixels_are_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    label, prediction = (torch.randint(0, 4, (7, 11), generator=draw).to(torch.uint8) for _ in range(2))
+    whole, parts = Confusion(4), Confusion(4)
+    whole.update(prediction, label)
+    monkeypatch.setattr(metrics, "PIXELS_AT_ONCE", 10)
+    sizes = []
+    monkeypatch.setattr(metrics, "count_values", lambda v, bins: sizes.append(len(v)) or count_values(v, bins))
+    parts.update(prediction, label)
+    assert torch.equal(whole.counts, parts.counts) and sizes == [10] * 7 + [7]
 
 
 def test_other_classes_have_no_protocols_and_nothing_scored_is_none() -> None:

@@ -32,6 +32,25 @@ def test_prefetch_keeps_order_and_reads_only_a_few_items_ahead() -> None:
     assert list(results) == [i * i for i in range(1, 30)]
 
 
+def test_large_items_are_few_ahead_and_the_largest_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch_module, "PIXELS_AHEAD", 100)
+    sizes = [40, 40, 40, 250, 10, 60, 30, 10]
+    taken: list[int] = []
+    held: list[list[int]] = []
+
+    def items() -> Iterator[int]:
+        for i in range(len(sizes)):
+            held.append([j for j in range(i) if j not in taken])
+            yield i
+
+    for result in prefetch(lambda i: i, items(), lambda i: sizes[i]):
+        taken.append(result)
+    assert taken == list(range(len(sizes)))
+    for waiting in held:
+        assert len(waiting) == 1 or sum(sizes[j] for j in waiting) <= 100
+    assert [3] in held and [4, 5, 6] in held
+
+
 def test_prefetch_raises_at_the_item_and_begins_no_other() -> None:
     begun: list[int] = []
 

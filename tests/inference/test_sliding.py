@@ -23,7 +23,7 @@ from cluda_cli.inference.sliding import (
 )
 from cluda_cli.models.multires import MultiResolution
 from cluda_cli.models.normalisation import IMAGENET
-from cluda_cli.models.segmenter import Output
+from cluda_cli.models.segmenter import Output, Segmenter
 from cluda_cli.settings import Evaluation
 
 K = 5
@@ -33,8 +33,9 @@ WHOLE = Evaluation()
 class Tiny(nn.Module):
     """A network of stride 4 that takes multiples of 8 from 32, with a batch norm and a dropout to disturb."""
 
-    pad_multiple = 8
+    pad_multiple = alignment = 8
     smallest = 32
+    stride = 4
     normalisation = IMAGENET
 
     def __init__(self) -> None:
@@ -163,7 +164,7 @@ def test_first_of_equal_classes_wins() -> None:
 
 
 @pytest.mark.parametrize("evaluation", [WHOLE, slide((24, 32), (16, 24))])
-@pytest.mark.parametrize(("pixels", "batches"), [(1, [1] * 7), (3 * 24 * 32, [2, 1, 3, 1]), (2**20, [2, 1, 4])])
+@pytest.mark.parametrize(("pixels", "batches"), [(1, [1] * 7), (3 * 32 * 32, [2, 1, 3, 1]), (2**20, [2, 1, 4])])
 def test_images_of_one_size_share_a_forward(
     network: Tiny, monkeypatch: pytest.MonkeyPatch, evaluation: Evaluation, pixels: int, batches: list[int]
 ) -> None:
@@ -250,6 +251,93 @@ def test_two_resolutions_in_sliding_windows(
         cover[y : y + high, x : x + wide] += 1
     found = image_logits(network, image, None, slide(window, (48, 60)))
     torch.testing.assert_close(found, total / cover, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(150, 170), (61, 400), (333, 30), (1, 900)])
+@pytest.mark.parametrize("evaluation", [WHOLE, slide((24, 32), (16, 24)), slide((40, 500), (32, 300))])
+def test_an_image_seen_in_parts_equals_the_whole_within_rounding(
+    network: Tiny, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], evaluation: Evaluation
+) -> None:
+    """The margin is wider than the receptive field of the network."""
+    image = noise(*size)
+    expected = image_logits(network, image, None, evaluation)
+    seen: list[int] = []
+    network.register_forward_pre_hook(lambda _, args: seen.append(args[0][0, 0].numel()))
+    monkeypatch.setattr(inference, "LARGEST_FORWARD", 90**2)
+    monkeypatch.setattr(inference, "MARGIN", 8)
+    monkeypatch.setattr(inference, "CPU", PixelBudget(forward=2**14, band=1000))
+    found = image_logits(network, image, None, evaluation)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    if evaluation is WHOLE:
+        assert len(seen) > 1 and max(seen) <= 90**2
+    [(label, _)] = predict_labels(network, [fitted(image, None)], evaluation)
+    assert torch.equal(label.long(), found.argmax(0))
+
+
+def test_two_resolutions_in_parts_have_the_cells_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, image = two_resolutions(), noise(150, 300)
+    assert network.alignment == 64
+    expected = image_logits(network, image, None, WHOLE)
+    monkeypatch.setattr(inference, "LARGEST_FORWARD", 256**2 // 2)
+    monkeypatch.setattr(inference, "MARGIN", 64)
+    found = image_logits(network, image, None, WHOLE)
+    assert found.shape == expected.shape  # attention sees all, so values may differ
+    assert torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]))[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("encoder", ["mobilenetv2_050", "mit_b0", "vit_tiny_patch16_224"])
+def test_encoders_in_parts_have_the_cells_of_the_whole(monkeypatch: pytest.MonkeyPatch, encoder: str) -> None:
+    torch.manual_seed(0)
+    network = Segmenter(
+        settings.Model(encoder=encoder, weights=False, decoder=settings.Decoder(embed_dim=8, channels=8)), K
+    ).eval()
+    nn.init.normal_(network.decoder.conv_seg.weight, std=1.0)
+    image = resize_image(noise(7, 9), (203, 301))  # smooth
+    expected = image_logits(network, image, None, WHOLE)
+    seen: list[int] = []
+    network.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[3]))
+    monkeypatch.setattr(inference, "LARGEST_FORWARD", 192**2)
+    monkeypatch.setattr(inference, "MARGIN", 64)
+    found = image_logits(network, image, None, WHOLE)
+    assert max(seen) <= 192 and len(seen) > 4
+    assert found.shape == expected.shape  # the field of view is wider than the margin, so values may differ
+    assert torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]))[0, 1] > 0.9
+
+
+class Exhausting(Tiny):
+    """Memory runs out on padded images of 64 rows."""
+
+    error: Exception
+
+    def forward(self, image: Tensor) -> Output:
+        if image.shape[2] == 64:
+            raise self.error
+        return super().forward(image)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_images_after_one_that_exhausts_memory_are_still_predicted(error: Exception) -> None:
+    network = Exhausting().eval()
+    network.error = error
+    pairs = [(fitted(noise(*size), None), size) for size in ((40, 40), (64, 40), (40, 48), (64, 64), (40, 40))]
+    skipped: list[tuple[int, int]] = []
+    found = [key for key, _, _ in segment(network, pairs, WHOLE, skip=skipped.append)]
+    assert found == [(40, 40), (40, 48), (40, 40)] and skipped == [(64, 40), (64, 64)]
+    with pytest.raises(type(error)):
+        list(segment(network, pairs, WHOLE))
+    network.error = RuntimeError("another")
+    with pytest.raises(RuntimeError, match="another"):
+        list(segment(network, pairs, WHOLE, skip=skipped.append))
+
+
+def test_matrices_that_resize_a_long_axis_stay_small() -> None:
+    blocks = inference._build_resizing((15_000, 60_000, 60_000, 60_000), 128, torch.device("cpu"))
+    assert sum(weights.numel() for _, _, weights in blocks) < 40 * 60_000  # not 15 000 x 60 000
+    assert [out.start for out, _, _ in blocks] == list(range(0, 60_000, 128)) and blocks[-1][0].stop == 60_000
+    for _, _, weights in (blocks[0], blocks[200], blocks[-1]):
+        torch.testing.assert_close(weights.sum(1), torch.ones(len(weights)))
 
 
 class Largest(TorchDispatchMode):

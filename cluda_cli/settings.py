@@ -172,19 +172,13 @@ class Model(Section):
     deeplab: Optional[DeepLabV2] = None
     """A DeepLabV2 head in place of the decoder; false keeps the decoder."""
     pyramid: Optional[Pyramid] = None
-    """A light top-down decoder in place of the decoder; false keeps the decoder."""
+    """A light top-down decoder in place of the decoder, if there is no `deeplab`; false keeps the decoder."""
     multires: Optional[MultiResolution] = None
     """Context and detail resolution; false sees the crop at one resolution."""
     start: Unset[str] = None
     """Weights of a run from which student and teacher start, matched by class name; unset: the encoder's weights."""
     freeze: tuple[Literal["encoder", "decoder", "head"], ...] = ()
     """Parts that do not learn: the encoder, what the decoder fuses, the classifiers that read it."""
-
-    @model_validator(mode="after")
-    def _one_decoder(self) -> "Model":
-        if self.deeplab and self.pyramid:
-            raise ValueError("deeplab and pyramid both replace the decoder; set one of them to false")
-        return self
 
 
 class Teacher(Section):

@@ -180,5 +180,4 @@ def test_the_settings_choose_the_decoder():
         kind: type(build_decoder(Model(**({kind: True} if kind else {})), B0, 5)) for kind in ("", "deeplab", "pyramid")
     }
     assert chosen == {"": DAFormerDecoder, "deeplab": DeepLabV2Decoder, "pyramid": PyramidDecoder}
-    with pytest.raises(ValueError, match="deeplab and pyramid both replace the decoder"):
-        Model(deeplab=True, pyramid=True)
+    assert type(build_decoder(Model(deeplab=True, pyramid=True), B0, 5)) is DeepLabV2Decoder

@@ -14,7 +14,27 @@ from torch import Tensor, nn
 from cluda_cli import settings
 
 
-class DAFormerDecoder(nn.Module):
+class FusingDecoder(nn.Module):
+    """A decoder that fuses the encoder maps and classifies every pixel of the fused feature."""
+
+    def _add_classifier(self, channels: int, num_classes: int, dropout: float) -> None:
+        """Make the last layers; called last, because layers draw their weights in the order in which they are made."""
+        self.dropout = nn.Dropout2d(dropout)
+        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
+        nn.init.normal_(self.conv_seg.weight, std=0.01)
+        nn.init.zeros_(self.conv_seg.bias)
+
+    def classify(self, fused: Tensor) -> Tensor:
+        """The logits of fused features B D h w.  # B K h w"""
+        logits: Tensor = self.conv_seg(self.dropout(fused))
+        return logits
+
+    def classifiers(self) -> list[nn.Conv2d]:
+        """The layers whose output channels are classes."""
+        return [self.conv_seg]
+
+
+class DAFormerDecoder(FusingDecoder):
     """Four encoder maps -> class logits and the fused feature they are read from, both on the grid of the first map.
 
     Each map is embedded per pixel, resized to the finest one and concatenated; dilated depthwise-separable branches
@@ -33,10 +53,7 @@ class DAFormerDecoder(nn.Module):
             if decoder.dilations
             else ConvUnit(embedded, decoder.channels, kernel=1)
         )
-        self.dropout = nn.Dropout2d(decoder.dropout)
-        self.conv_seg = nn.Conv2d(decoder.channels, num_classes, 1)
-        nn.init.normal_(self.conv_seg.weight, std=0.01)
-        nn.init.zeros_(self.conv_seg.bias)
+        self._add_classifier(decoder.channels, num_classes, decoder.dropout)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """(logits B K h w, fused B D h w); channel dropout acts on the logits' input only, while training."""
@@ -47,15 +64,6 @@ class DAFormerDecoder(nn.Module):
             # No name holds the embedded maps meanwhile: without gradients they are gone by then.
             fused = self.fuse_layer(torch.cat(_to_finest(self._embed(maps)), dim=1).contiguous())  # B D h w
         return self.classify(fused), fused
-
-    def classify(self, fused: Tensor) -> Tensor:
-        """The logits of fused features B D h w.  # B K h w"""
-        logits: Tensor = self.conv_seg(self.dropout(fused))
-        return logits
-
-    def classifiers(self) -> list[nn.Conv2d]:
-        """The layers whose output channels are classes."""
-        return [self.conv_seg]
 
     def _embed(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Each map with the same number of channels, at its own size."""
@@ -79,7 +87,7 @@ def _fuse_pointwise(unit: "ConvUnit", maps: Sequence[Tensor]) -> Tensor:
     return unit.activate(sum(others, start=first))
 
 
-class PyramidDecoder(nn.Module):
+class PyramidDecoder(FusingDecoder):
     """Four encoder maps -> class logits and the fused feature they are read from, both on the grid of the first map.
 
     From the coarsest map to the finest, each sum of an embedded map and the upsampled coarser one passes a 3x3
@@ -91,10 +99,7 @@ class PyramidDecoder(nn.Module):
         dim = section.channels
         self.embed_layers = nn.ModuleList(Embedding(channels, dim, norm=True) for channels in in_channels)
         self.fuse_layers = nn.ModuleList(ConvUnit(dim, dim, kernel=3) for _ in in_channels[:-1])
-        self.dropout = nn.Dropout2d(section.dropout)
-        self.conv_seg = nn.Conv2d(dim, num_classes, 1)
-        nn.init.normal_(self.conv_seg.weight, std=0.01)
-        nn.init.zeros_(self.conv_seg.bias)
+        self._add_classifier(dim, num_classes, section.dropout)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """(logits B K h w, fused B D h w); channel dropout acts on the logits' input only, while training."""
@@ -103,15 +108,6 @@ class PyramidDecoder(nn.Module):
             upsampled = F.interpolate(fused, maps[i].shape[2:], mode="bilinear")
             fused = self.fuse_layers[i](self.embed_layers[i](maps[i]) + upsampled)
         return self.classify(fused), fused
-
-    def classify(self, fused: Tensor) -> Tensor:
-        """The logits of fused features B D h w.  # B K h w"""
-        logits: Tensor = self.conv_seg(self.dropout(fused))
-        return logits
-
-    def classifiers(self) -> list[nn.Conv2d]:
-        """The layers whose output channels are classes."""
-        return [self.conv_seg]
 
 
 class DeepLabV2Decoder(nn.Module):

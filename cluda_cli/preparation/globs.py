@@ -181,5 +181,6 @@ def _translate_one(wildcard: str) -> str:
     if wildcard in "*?":
         return {"*": "[^/]*", "?": "[^/]"}[wildcard]
     negated = wildcard[1] in "!^"
-    characters = re.sub(r"([\[&~|^\\])", r"\\\1", wildcard[1 + negated : -1])  # as they are; Python has sets in sets
+    # Characters stand for themselves, while Python reserves some for sets of sets.
+    characters = re.sub(r"([\[&~|^\\])", r"\\\1", wildcard[1 + negated : -1]).replace("--", r"-\-")
     return f"[{'^' * negated}{characters}]"

@@ -1,5 +1,7 @@
 """The commands. Each parses its options, loads settings and calls one verb. Only the verbs import torch."""
 
+import hashlib
+import re
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -7,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from cluda_cli import __version__, console
 from cluda_cli.data.index import PUBLISHED_NAMES
@@ -30,6 +32,10 @@ Examples:
 Exit codes: 0 done, 1 the run failed, 2 usage or settings, 3 data,
 4 environment, 130 interrupted with state saved.
 """
+
+
+LONGEST_NAME = 150
+"""Bytes of the name of a default run folder, before the hash that marks a shortened one."""
 
 
 class _Commands(TyperGroup):
@@ -58,6 +64,18 @@ class _Commands(TyperGroup):
         raise typer.Exit(failure.exit_code)
 
 
+class _Command(TyperCommand):
+    """Refuses an option that is given twice, unless it is a list: one of the two would be dropped without a word."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        single = [p for p in given if p.param_type_name == "option" and not (p.multiple or p.is_eager)]
+        for option in single:
+            if single.count(option) > 1:
+                raise SettingsError("is given twice", max(option.opts, key=len), "give it once")
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
     name="cluda",
     cls=_Commands,
@@ -68,6 +86,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+_command = partial(app.command, cls=_Command)
 
 Presets = Annotated[
     list[str] | None,
@@ -100,7 +120,7 @@ def _root(
         console.result(context.get_help())
 
 
-@app.command()
+@_command()
 def prepare(
     dataset: Annotated[str, typer.Argument(help=f"{', '.join(PUBLISHED_NAMES)}, demo, or a TOML description.")],
     data_root: DataRoot = None,
@@ -116,7 +136,7 @@ def prepare(
             "width of its data.source_box or data.target_box, as 760x1280, or `original`.",
         ),
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes.  [default: one per core]")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes.  [default: one per usable core]")] = None,
 ) -> None:
     """Check a dataset, map its labels to train ids and index it."""
     if check and cache:
@@ -126,7 +146,7 @@ def prepare(
     prepare(dataset, data_root or Path("data"), check=check, skip_bad=skip_bad, cache=cache, workers=workers)
 
 
-@app.command()
+@_command()
 def train(
     preset: Presets = None,
     source: Annotated[
@@ -134,7 +154,9 @@ def train(
     ] = None,
     target: Annotated[str | None, typer.Option(help="Unlabelled dataset.  [default: cityscapes]")] = None,
     data_root: DataRoot = None,
-    run: Annotated[Path | None, typer.Option(help="Folder of the run.  [default: runs/<presets>]")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Folder of the run.  [default: runs/<presets and changed settings>]")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = None,
@@ -159,7 +181,11 @@ def train(
         what = f"--devices {devices}, but torchrun started {place.world_size} processes"
         raise SettingsError(what, "train", "leave --devices out")
     options = _options(source, target, data_root, {"seed": seed, "steps": steps, "device": device})
-    folder = run or _default_folder(preset or [], resume)
+    folder = run or (
+        _find_resumable(preset or [], options, set_ or [])
+        if resume
+        else _name_folder(preset or [], options, set_ or [])
+    )
     if resume:
         if preset:
             console.warn("--preset only names the folder here; a resumed run keeps its own settings")
@@ -170,13 +196,14 @@ def train(
     if devices and devices > 1 and place is None:  # all processes take the folder that was found here
         from cluda_cli.distributed.launch import launch
 
-        raise typer.Exit(launch(devices, partial(main, [*sys.argv[1:], "--run", str(folder)])))
+        chosen = [] if run else ["--run", str(folder)]
+        raise typer.Exit(launch(devices, partial(main, [*sys.argv[1:], *chosen])))
     from cluda_cli.commands.train import train
 
     train(settings, folder, resume=resume, overwrite=overwrite)
 
 
-@app.command(short_help="Measure a step: time by part, memory, hours of the run.")
+@_command(short_help="Measure a step: time by part, memory, hours of the run.")
 def bench(
     preset: Presets = None,
     source: Annotated[
@@ -216,18 +243,50 @@ def _options(
     return {section: {k: v for k, v in values.items() if v is not None} for section, values in named.items()}
 
 
-def _default_folder(preset: list[str], resume: bool) -> Path:
-    """runs/<presets joined>. To resume without a preset, the folder of the newest run."""
+def _name_folder(preset: list[str], options: dict[str, Any], overrides: list[str]) -> Path:
+    """runs/<presets>-<changes>, such as runs/dacs-small-seed=1. Data root and device are no changes of the result."""
+    from cluda_cli import presets
+
+    tree = options
+    for text in overrides:
+        tree = presets.merge(tree, presets.parse_override(text))
+    changes = presets.flatten(tree)
+    for key in ("data.root", "training.device"):
+        changes.pop(key, None)
+    files = map(Path, preset)  # the settings of a run are named by their folder
+    parts = [file.parent.name if file.name == "settings.json" else file.stem for file in files] or ["defaults"]
+    parts += [
+        f"{key.removeprefix('training.').removeprefix('data.')}={_spell(changes[key])}" for key in sorted(changes)
+    ]
+    full = "-".join(parts)
+    plain = re.sub(r"[^\w.,=+-]+", "_", full)
+    if plain != full or len(plain.encode()) > LONGEST_NAME:  # others may look alike after this
+        mark = hashlib.sha256(full.encode("utf-8", "replace")).hexdigest()[:8]
+        plain = f"{plain.encode()[:LONGEST_NAME].decode('utf-8', 'ignore')}-{mark}"
+    return Path("runs") / plain
+
+
+def _spell(value: Any) -> str:
+    """A value of a setting as part of a name; the elements of a list are joined by +."""
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _find_resumable(preset: list[str], options: dict[str, Any], overrides: list[str]) -> Path:
+    """The folder of the run of these presets and changes; else that of the presets, where the changes take effect.
+
+    Without a preset, the folder of the newest run.
+    """
     runs = Path("runs")
-    if preset or not resume:
-        return runs / ("-".join(Path(name).stem for name in preset) or "defaults")
+    if preset:
+        exact, plain = _name_folder(preset, options, overrides), _name_folder(preset, {}, [])
+        return exact if (exact / "settings.json").is_file() else plain
     saved = sorted(runs.glob("*/resume/state.pt"), key=lambda path: path.stat().st_mtime)
     if not saved:
         raise SettingsError("no run to resume", runs, "name one with --run")
     return saved[-1].parent.parent
 
 
-@app.command("pseudo-label", short_help="Label the target; the result is a dataset for train --source.")
+@_command("pseudo-label", short_help="Label the target; the result is a dataset for train --source.")
 def pseudo_label(
     ckpt: Checkpoint,
     dataset: Annotated[str | None, typer.Option(help="Prepared dataset.  [default: the run's target]")] = None,
@@ -264,7 +323,7 @@ def pseudo_label(
     )
 
 
-@app.command("eval")
+@_command("eval")
 def evaluate(
     ckpt: Checkpoint,
     dataset: Annotated[str | None, typer.Option(help="Prepared dataset.  [default: the run's target]")] = None,
@@ -282,7 +341,7 @@ def evaluate(
     )
 
 
-@app.command()
+@_command()
 def predict(
     images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help="Files, folders or globs.")],
     ckpt: Annotated[Path | None, typer.Option("--ckpt", help="Weights.  [default: the newest run's best]")] = None,
@@ -307,7 +366,7 @@ def predict(
     predict(images, checkpoint=checkpoint, out=out, outputs=outputs, device=device, as_json=as_json)
 
 
-@app.command("import-weights", short_help="Turn a published checkpoint into weights for the other commands.")
+@_command("import-weights", short_help="Turn a published checkpoint into weights for the other commands.")
 def import_weights(
     file: Annotated[Path, typer.Argument(help="Checkpoint of DAFormer, HRDA, MIC, CLUDA or SegFormer.")],
     preset: Presets = None,
@@ -334,7 +393,7 @@ def import_weights(
     import_weights(file, settings, out=out, network=network, overwrite=overwrite, as_json=as_json)
 
 
-@app.command("presets", short_help="List the presets, or show resolved settings.")
+@_command("presets", short_help="List the presets, or show resolved settings.")
 def show_presets(
     action: Annotated[str, typer.Argument(help="list or show")] = "list",
     name: Annotated[
@@ -359,4 +418,5 @@ def show_presets(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `cluda` command; the arguments are those of the shell unless given."""
+    console.open_streams()
     app(arguments, prog_name="cluda")

@@ -9,12 +9,20 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from cluda_cli import console
-from cluda_cli.errors import SettingsError, nearest
+from cluda_cli.errors import SettingsError, first_line, nearest
 from cluda_cli.settings import Settings
 
 _PACKAGE = Path(__file__).parent
 # A wheel carries the presets inside the package; a source checkout has them beside it.
 FOLDER = _PACKAGE / "presets" if (_PACKAGE / "presets").is_dir() else _PACKAGE.parent / "presets"
+
+
+DEEPEST = 20
+"""Keys of the dotted path of a setting; the tree of settings is less deep."""
+LONGEST_SHOWN = 200
+"""Characters of a wrong value that a message shows."""
+SHOWN_RUNS = 5
+"""Other runs that a message names."""
 
 
 def names() -> list[str]:
@@ -52,8 +60,8 @@ def read(name: str) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (ValueError, OSError) as error:
-        raise SettingsError(f"cannot be read: {error}", path) from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise SettingsError(f"cannot be read: {first_line(error)}", path, "correct the file") from error
     if not isinstance(tree, dict):
         raise SettingsError("a preset is a table of settings", path)
     return tree
@@ -72,15 +80,19 @@ def parse_override(text: str) -> dict[str, Any]:
     """`a.b=3` -> {"a": {"b": 3}}; the right side is a TOML value, else a bare string."""
     path, equals, raw = text.partition("=")
     keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise SettingsError(f'"{text}" is not of the form section.key=value', "--set")
+    if not equals or not all(keys) or len(keys) > DEEPEST:
+        raise SettingsError(f'"{text[:LONGEST_SHOWN]}" is not of the form section.key=value', "--set")
     try:
         value: Any = tomllib.loads(f"value = {raw}")["value"]
-    except (tomllib.TOMLDecodeError, KeyError):
+    except RecursionError:
+        raise SettingsError("is nested too deeply", f"--set {path.strip()[:80]}") from None
+    except (ValueError, KeyError):  # no TOML, or a number of thousands of digits
         value = raw.strip()
     for key in reversed(keys):
         value = {key: value}
     tree: dict[str, Any] = value
+    if problems := _find_unwritable(tree):
+        raise SettingsError("\n".join(problems), "--set")
     return tree
 
 
@@ -99,22 +111,68 @@ def resume(folder: Path, options: dict[str, Any], overrides: Sequence[str]) -> S
     """Settings of an existing run, with what the command line changes laid over them and announced."""
     saved = folder / "settings.json"
     if not saved.is_file():
-        raise SettingsError("no run to resume here", folder, "name the run's folder with --run")
-    before = load([str(saved)])
+        what = "holds no run to resume (no settings.json)" if folder.exists() else "there is no such run to resume"
+        beside = sorted(path.parent for path in folder.parent.glob("*/settings.json"))[:SHOWN_RUNS]
+        runs = f"; runs beside it: {', '.join(map(str, beside))}" if beside else ""
+        raise SettingsError(what, folder, f"name the folder of a run with --run, or start it without --resume{runs}")
+    try:
+        before = load([str(saved)])
+    except SettingsError as error:
+        what, remedy = f"is damaged or of another version:\n{error.what}", "correct it, or start again with --overwrite"
+        raise SettingsError(what, saved, remedy) from error
     after = load([str(saved)], options, overrides)
-    old, new = flatten(before.model_dump(mode="json")), flatten(after.model_dump(mode="json"))
+    last = _read_last_used(folder) or before
+    old, new = flatten(last.model_dump(mode="json")), flatten(after.model_dump(mode="json"))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             console.warn(f"resuming with another {key}: {old.get(key)} -> {new.get(key)}")
     return after
 
 
+def _read_last_used(folder: Path) -> Settings | None:
+    """The settings with which a run began or was last resumed, from its manifest.
+
+    settings.json may have been edited since. None if the manifest has none, as those of earlier versions.
+    """
+    try:
+        return validate(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["settings"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SettingsError):
+        return None  # the run itself reports a damaged manifest
+
+
 def validate(tree: dict[str, Any]) -> Settings:
     """Settings from a plain tree. Raises SettingsError with one line per problem, dotted path first."""
+    try:
+        problems = _find_unwritable(tree)
+    except RecursionError:
+        raise SettingsError("the settings are nested too deeply") from None
+    if problems:
+        raise SettingsError("\n".join(problems))
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:
         raise SettingsError("\n".join(_explain(problem) for problem in error.errors())) from error
+
+
+def _find_unwritable(value: Any, path: str = "") -> list[str]:
+    """A line for each value that no setting can have: a huge number, or text that names no file."""
+    if isinstance(value, dict):
+        return [line for key, item in value.items() for line in _find_unwritable(item, f"{path}.{key}".lstrip("."))]
+    if isinstance(value, list | tuple):
+        return [line for i, item in enumerate(value) for line in _find_unwritable(item, f"{path}.{i}")]
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return [f"{path}: is too large a number"]
+    if isinstance(value, str) and ("\0" in value or not _is_unicode(value)):
+        return [f"{path}: holds characters that are no text"]
+    return []
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def differences(settings: Settings) -> dict[str, tuple[Any, Any]]:
@@ -183,7 +241,7 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         return f"{path}: no such setting{_suggestion(location)}"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{path}: {message}, got {problem['input']!r}" if path else message
+    return f"{path}: {message}, got {repr(problem['input'])[:LONGEST_SHOWN]}" if path else message
 
 
 def _suggestion(location: tuple[str, ...]) -> str:

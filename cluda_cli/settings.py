@@ -5,7 +5,7 @@ Defaults are the values of the papers (CLUDA on DAFormer, GTA5 -> Cityscapes), s
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -47,7 +47,7 @@ Margins = tuple[
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class RareClass(Section):
@@ -65,6 +65,16 @@ class RareClass(Section):
         """Pixels of a class above which an image is drawn for it: the papers' 3000 for crops of 512 x 512 and more."""
         scaled = round(3000 * min(crop[0] * crop[1] / 512**2, 1))
         return self.min_pixels if self.min_pixels is not None else scaled
+
+
+class ClassBalance(Section):
+    """Cross-entropy in which ground-truth pixels of rare classes weigh more."""
+
+    exponent: float = Field(0.5, ge=0, le=1)
+    """A pixel weighs its class's frequency in the source to the power of minus this; the mean weight is 1."""
+    correct_pseudo_labels: bool = True
+    """Take the logarithm of the weights from the teacher's logits, which have learned a prior that is tilted by them.
+    Pseudo-labels only; the network that is evaluated and deployed stays as it is."""
 
 
 class Data(Section):
@@ -92,6 +102,8 @@ class Data(Section):
     """A source crop is redrawn, up to ten times, while one class covers this share of its labelled pixels or more."""
     rare_class: Optional[RareClass] = RareClass()
     """Rare-class sampling; false draws source images uniformly."""
+    class_balance: Optional[ClassBalance] = None
+    """Class weights in the cross-entropy; false weighs all pixels alike."""
     target_margins: Unset[Margins] = None
     """Top, bottom, left, right bands of the original target frame without pseudo-labels; unset: the dataset's own."""
 
@@ -118,6 +130,15 @@ class DeepLabV2(Section):
     """Dilation of each branch; the paper has 6, 12, 18 and 24, published adaptation results use the first two."""
 
 
+class Pyramid(Section):
+    """A light top-down decoder for small networks and short runs (feature pyramid, arXiv 1612.03144)."""
+
+    channels: int = Field(64, ge=1)
+    """Channels of every level and of the fused feature, which the classifier and the contrast read."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Share of fused channels dropped before the classifier while training."""
+
+
 class MultiResolution(Section):
     """Context and detail: the whole crop at low and a part of it at full resolution (HRDA, arXiv 2204.13132)."""
 
@@ -137,7 +158,8 @@ class Model(Section):
     encoder: str = "mit_b5"
     """mit_b0 ... mit_b5, or a timm model: with feature maps at strides 4, 8, 16 and 32, or a plain ViT."""
     weights: str | Literal[False] = "imagenet"
-    """Encoder weights: "imagenet" (published ones, fetched once), a file, "hf-hub:owner/name@revision", or false."""
+    """Encoder weights: "imagenet" (published ones, fetched once; those of tf_efficientnet_lite0 are installed), a file,
+    "hf-hub:owner/name@revision", or false."""
     drop_path: float = Field(0.1, ge=0, lt=1)
     """Largest stochastic-depth rate of the encoder, where it has any."""
     freeze_batch_norm: bool = False
@@ -149,6 +171,8 @@ class Model(Section):
     decoder: Decoder = Decoder()
     deeplab: Optional[DeepLabV2] = None
     """A DeepLabV2 head in place of the decoder; false keeps the decoder."""
+    pyramid: Optional[Pyramid] = None
+    """A light top-down decoder in place of the decoder, if there is no `deeplab`; false keeps the decoder."""
     multires: Optional[MultiResolution] = None
     """Context and detail resolution; false sees the crop at one resolution."""
     start: Unset[str] = None
@@ -177,6 +201,8 @@ class Mixing(Section):
     """Chance that the images of a step are blurred."""
     blur_sigma: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.15, 1.15)
     """Range of the standard deviation of the blur, pixels."""
+    source_jitter_strength: Unset[Annotated[float, Field(ge=0, le=0.5)]] = None
+    """Jitter strength of source images, which are then blurred too, as mixed ones are; unset: they stay as they are."""
     uncertain_detail_from: Unset[Annotated[int, Field(ge=0)]] = None
     """From this step on, a mixed image shows in detail where its context is least certain; unset: anywhere, always."""
 
@@ -214,6 +240,22 @@ class CrossEntropy(Objective):
     """Share of the detail crop's own cross-entropy in the term; networks of one resolution have no detail."""
 
 
+class HardPixels(Section):
+    """Learn from the hard pixels alone: online bootstrapping (Wu et al., arXiv 1605.06885)."""
+
+    threshold: float = Field(0.7, gt=0, le=1)
+    """A pixel is hard while the student gives its label a probability below this."""
+    min_share: float = Field(1 / 16, gt=0, le=1)
+    """At least this share of the labelled pixels of every image is kept, the hardest ones."""
+
+
+class SourceCrossEntropy(CrossEntropy):
+    """Cross-entropy on source images, on the whole crop and on its detail."""
+
+    hard_pixels: Optional[HardPixels] = None
+    """Mean over hard pixels in place of the mean over all pixels; false takes all."""
+
+
 class FeatureDistance(Objective):
     """Distance of thing-class features to the frozen pretrained encoder (DAFormer, section 3.3)."""
 
@@ -236,10 +278,27 @@ class PixelContrast(Objective):
     """Channels of the head that learns, for networks with context and detail, how much detail counts in a pair."""
 
 
+class AnchorContrast(Objective):
+    """Contrast of a few pixels of every class and image, the anchors, behind a projection head (arXiv 2101.11939)."""
+
+    weight: float = Field(0.1, ge=0)
+    """Factor of the term in the total loss."""
+    temperature: float = Field(0.1, ge=0.02)
+    """Divisor of the cosine similarity."""
+    projection_dim: int = Field(256, ge=1)
+    """Channels of the projection head, hidden and final."""
+    anchors: int = Field(50, ge=2)
+    """Anchors of one class in one image, at most; half of them misclassified, where there are so many."""
+    max_anchors: int = Field(2048, ge=2)
+    """Anchors of a batch, source and mixed images together, at most; all classes of all images lose alike."""
+    min_probability: float = Field(0.968, ge=0, le=1)
+    """A pixel with a pseudo-label can be an anchor if the teacher gives the label at least this probability."""
+
+
 class Objectives(Section):
     """The terms of the loss."""
 
-    source: Optional[CrossEntropy] = CrossEntropy()
+    source: Optional[SourceCrossEntropy] = SourceCrossEntropy()
     """Cross-entropy on labelled source images; false switches it off."""
     mixed: Optional[CrossEntropy] = CrossEntropy()
     """Cross-entropy on class-mixed images with pseudo-labels; false switches it off."""
@@ -249,6 +308,8 @@ class Objectives(Section):
     """Distance to the pretrained encoder on source images; false switches it off."""
     pixel_contrast: Optional[PixelContrast] = PixelContrast()
     """Contrast on source images and, if `mixed` is on, on mixed images; false switches it off."""
+    anchor_contrast: Optional[AnchorContrast] = None
+    """Contrast of anchors in source images and, if `mixed` is on, in mixed images; false switches it off."""
 
 
 class Optimizer(Section):
@@ -258,6 +319,8 @@ class Optimizer(Section):
     """Learning rate of the encoder."""
     decoder_lr_factor: float = Field(10.0, gt=0)
     """The decoder learns this many times faster."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Learning rate of an encoder layer as a share of the next deeper one's; the last block has `lr`; 1: all alike."""
     weight_decay: float = Field(0.01, ge=0)
     """Decoupled weight decay; encoder norms of transformers have none."""
     warmup: int = Field(1500, ge=0)
@@ -381,11 +444,15 @@ def _section_markdown(path: str, section: Section) -> list[str]:
     nested = []
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
+        tables = [t for t in get_args(field.annotation) if isinstance(t, type) and issubclass(t, Section)]
         if isinstance(value, Section):
             nested += _section_markdown(f"{path}.{name}", value)
             if not field.description:
                 continue
             shown = "on"
+        elif value is None and tables:
+            nested += _section_markdown(f"{path}.{name}", tables[0]())
+            shown = "off"
         else:
             shown = _toml(value)
         description = " ".join((field.description or "").split())

@@ -1,10 +1,13 @@
 """Fixtures shared by all tests."""
 
 import json
+import multiprocessing
 import os
 import resource
+import runpy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,9 @@ from cluda_cli.data.cache import Box, Cache
 from cluda_cli.data.index import Index, Item
 from cluda_cli.data.labels import CITYSCAPES, IGNORE, ClassTable
 from cluda_cli.files import write_json
-from cluda_cli.models.segmenter import Segmenter
+from cluda_cli.models.encoders import build_encoder
 from cluda_cli.preparation.caching import write_cache
-from cluda_cli.settings import Settings
+from cluda_cli.settings import Model, Settings
 
 GOLDEN = Path(__file__).parent / "golden"
 Golden = Callable[[str], tuple[dict[str, Tensor], dict[str, Any]]]
@@ -53,6 +56,69 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def fork_server() -> None:
+    """Loader processes, and those of `start_forked`, are forked from one process that has everything imported."""
+    multiprocessing.set_forkserver_preload(["cluda_cli.commands.train"])
+    forkserver.ensure_running()
+
+
+class Forked:
+    """`cluda` or a script, without the seconds of its imports. It has the interface of a Popen."""
+
+    def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
+        self._said, output = multiprocessing.Pipe(duplex=False)
+        variables = {"arguments": arguments, "environment": environment, "output": output}
+        command = (Path(__file__).parent / "forked.py", variables, "__main__")
+        self._process = multiprocessing.get_context("forkserver").Process(target=runpy.run_path, args=command)
+        self._process.start()
+        output.close()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def communicate(self, timeout: float) -> tuple[str, None]:
+        """All that was written to stdout and stderr; ends when no process, of its ranks and loaders too, holds them."""
+        said = b""
+        while chunk := self._read(timeout):
+            said += chunk
+        self._process.join(timeout)
+        return said.decode(), None
+
+    def _read(self, timeout: float) -> bytes:
+        assert connection.wait([self._said], timeout), "nothing was written and nothing ended"
+        return os.read(self._said.fileno(), 2**16)
+
+
+@pytest.fixture
+def start_forked(fork_server: None) -> Iterator[Callable[..., Forked]]:
+    """`start_forked("cluda", "train", ...)`, or with the path of a script: a process, which ends with the test."""
+    started: list[Forked] = []
+
+    def start(*arguments: object, **environment: str) -> Forked:
+        started.append(Forked([str(argument) for argument in arguments], environment))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
 @pytest.fixture
 def full_disk() -> Callable[[], AbstractContextManager[None]]:
     """`with full_disk():` no file can be larger than 100 kB. A write beyond that fails as on a full disk."""
@@ -71,6 +137,7 @@ def full_disk() -> Callable[[], AbstractContextManager[None]]:
 
 TINY_CLASSES = ClassTable(tuple(c for c in CITYSCAPES if c.name in {"road", "building", "sky", "person", "car"}))
 TINY_SIZE = (48, 80)
+TINY_ENCODER = "test_efficientnet"
 
 
 def write_dataset(data_root: Path, name: str, seed: int, *, labelled_train: bool = True, images: int = 4) -> Index:
@@ -100,12 +167,16 @@ def write_dataset(data_root: Path, name: str, seed: int, *, labelled_train: bool
     return index
 
 
+def write_tiny_data(folder: Path) -> Path:
+    """A data root with the prepared datasets `clean` (labelled) and `noisy` (labels for validation only)."""
+    write_dataset(folder / "data", "clean", seed=1)
+    write_dataset(folder / "data", "noisy", seed=2, labelled_train=False)
+    return folder / "data"
+
+
 @pytest.fixture
 def tiny_data(tmp_path: Path) -> Path:
-    """A data root with the prepared datasets `clean` (labelled) and `noisy` (labels for validation only)."""
-    write_dataset(tmp_path / "data", "clean", seed=1)
-    write_dataset(tmp_path / "data", "noisy", seed=2, labelled_train=False)
-    return tmp_path / "data"
+    return write_tiny_data(tmp_path)
 
 
 @pytest.fixture
@@ -134,21 +205,41 @@ def store_noise(noise_index: Index) -> Callable[..., Cache]:
     return store
 
 
-@pytest.fixture
-def tiny_settings(tiny_data: Path, tmp_path: Path) -> Settings:
-    """Every objective on, with encoder weights from a file, at a size that takes a few steps a second."""
-    settings = presets.load(["daformer-cluda"], {
-        "data": {"source": "clean", "target": "noisy", "root": str(tiny_data), "crop": [32, 48],
-                 "source_box": False, "target_box": False, "workers": 0},
-        "model": {"encoder": "mobilenetv2_050", "weights": str(tmp_path / "encoder.safetensors"),
-                  "decoder": {"embed_dim": 8, "channels": 8}},
-        "optimizer": {"lr": 1e-3, "decoder_lr_factor": 1.0, "warmup": 2},
-        "training": {"steps": 6, "validate_every": 4, "save_every": 2, "log_every": 1, "pictures_every": 3,
-                     "device": "cpu"},
-        "objectives": {"feature_distance": {"min_share": 0.3}},
-    })  # fmt: skip
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of the encoder of `tiny_settings`, to be read only."""
+    path = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        encoder = Segmenter(settings.model, 5).encoder
-    save_file(encoder.state_dict(), tmp_path / "encoder.safetensors")
-    return settings
+        encoder = build_encoder(Model(encoder=TINY_ENCODER, weights=False))
+    save_file(encoder.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_tiny_settings(tiny_encoder: Path) -> Callable[[Path], Settings]:
+    """Every objective on, with encoder weights from a file, at a size that takes many steps a second.
+
+    The data are written into the `data` folder of the given one, unless they are there.
+    """
+
+    def make(folder: Path) -> Settings:
+        data = folder / "data"
+        return presets.load(["daformer-cluda"], {
+            "data": {"source": "clean", "target": "noisy",
+                     "root": str(data if data.exists() else write_tiny_data(folder)), "crop": [32, 48],
+                     "source_box": False, "target_box": False, "workers": 0},
+            "model": {"encoder": TINY_ENCODER, "weights": str(tiny_encoder),
+                      "decoder": {"embed_dim": 8, "channels": 8}},
+            "optimizer": {"lr": 1e-3, "decoder_lr_factor": 1.0, "warmup": 2},
+            "training": {"steps": 6, "validate_every": 4, "save_every": 2, "log_every": 1, "pictures_every": 3,
+                         "device": "cpu"},
+            "objectives": {"feature_distance": {"min_share": 0.3}},
+        })  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def tiny_settings(make_tiny_settings: Callable[[Path], Settings], tmp_path: Path) -> Settings:
+    return make_tiny_settings(tmp_path)

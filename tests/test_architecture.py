@@ -34,7 +34,17 @@ def test_imports_point_downward(path):
     assert not too_high
 
 
-TORCH_FREE = ["cli", "distributed.place", "settings", "presets", "console", "errors", "data.labels", "data.index"]
+TORCH_FREE = [
+    "cli",
+    "distributed.place",
+    "distributed.children",
+    "settings",
+    "presets",
+    "console",
+    "errors",
+    "data.labels",
+    "data.index",
+]
 
 
 @pytest.mark.parametrize("module", TORCH_FREE)
@@ -67,6 +77,13 @@ def test_the_engine_does_not_know_how_many_resolutions_a_network_has(path):
             words |= {getattr(node, field, None) for field in ("id", "attr", "name", "arg")}
     pattern = re.compile("multi_?res|hrda|scale_attention|detail_crop", re.IGNORECASE)
     assert not {word for word in words if isinstance(word, str) and pattern.search(word)}
+
+
+def test_every_module_has_its_test_file():
+    """tests/ mirrors the tree; packages and modules of a few lines are tested with what uses them."""
+    inside = [path.relative_to(PACKAGE) for path in MODULES if path.read_text(encoding="utf-8").count("\n") > 40]
+    mirrors = {path: Path(__file__).parent / path.with_name(f"test_{path.name}") for path in inside}
+    assert not [str(path) for path, test in mirrors.items() if path.name != "__init__.py" and not test.is_file()]
 
 
 def test_functions_stay_short():

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 
 import pytest
@@ -67,6 +68,64 @@ def test_an_error_says_where_what_and_the_remedy(capsys: pytest.CaptureFixture[s
     console.error(Interrupted("stopped after step 3", "", "resume with ..."))
     expected = "error: data/x.png: is missing\n  copy it\nerror: is missing\nstopped after step 3\n  resume with ...\n"
     assert capsys.readouterr().err == expected
+
+
+def test_control_characters_are_shown_as_escapes(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "a\x1b[2J\x07\udcff\n.png"
+    console.info(f"reads {name}")
+    console.error(DataError("is missing", name))
+    console.result(name)
+    console.result_table(name, ["class", "%"], [[name, "1"]])
+    out, err = capsys.readouterr()
+    assert "a\\x1b[2J\\x07\\udcff" in out and "error: a\\x1b[2J\\x07\\udcff\\n.png: is missing" in err
+    assert not {"\x1b", "\x07", "\udcff"} & set(out + err)
+
+
+def test_names_are_not_read_as_markup(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    console.result_table("[other]", ["class", "[b]"], [["[/n]", "[red]1"], [":smile:", "2"]])
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("[other]", "[b]", "[/n]", "[red]1", ":smile:"))
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with console.Progress("reading [/n] [other]", 1) as progress:
+        progress.advance("[/b] [x]")
+    assert "reading [/n] [other]" in terminal.getvalue() and "[/b] [x]" in terminal.getvalue()
+
+
+def test_closed_streams_are_stood_in_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    console.open_streams()
+    with sys.stdin, sys.stdout, sys.stderr:
+        console.result("42")
+        console.warn("careful")
+        console.result_table("t", ["class"], [["road"]])
+        assert sys.stdin.read() == ""
+
+
+def test_a_message_that_nobody_can_read_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stderr", pipe)
+        for _ in range(2):
+            console.info("step 1 is done")
+            console.error(DataError("is missing"))
+        with console.Progress("training", 1) as progress:
+            progress.advance()
+        pipe.flush()
+
+
+def test_a_result_that_cannot_be_written_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    for write in (lambda: console.result("42"), lambda: console.result_table("t", ["class"], [["road"]])):
+        with pytest.raises(OSError, match="No space left") as full:
+            write()
+        assert full.value.filename == "standard output"
 
 
 def test_a_muted_process_prints_results_only(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,7 @@ PAGES = ["README.md", *sorted(p.relative_to(REPOSITORY).as_posix() for p in REPO
 # Laid over every shown `train` and `bench`, so that it takes seconds; the method stays the one that is shown.
 TINY = [
     *("data.crop=[48,64]", "data.source_box=[48,80]", "data.target_box=[48,80]", "data.workers=0"),
-    *("data.target_margins=[0,0,0,0]", "model.encoder=mobilenetv2_050", "model.weights=false"),
+    *("data.target_margins=[0,0,0,0]", "model.encoder=test_efficientnet", "model.weights=false"),
     *("model.decoder.embed_dim=8", "model.decoder.channels=8", "objectives.feature_distance=false"),
     *("training.steps=1", "training.device=cpu"),
 ]
@@ -97,6 +97,8 @@ def workplace(tmp_path, monkeypatch):
 def run(line: str) -> None:
     """Run one shown command; `&&` joins several. A `train` or `bench` is made tiny by the last settings."""
     for part in line.split(" && "):
+        if part.startswith("cluda train") and "--run" not in part:  # the folder that it has without what is added
+            part += " --run runs/" + "-".join(re.findall(r"--preset (\S+)", part))
         if part.startswith(("cluda train", "cluda bench")):
             part += "".join(f" --set {setting}" for setting in TINY)
         result = CliRunner().invoke(app, shlex.split(part)[1:])
@@ -182,9 +184,7 @@ def test_the_worked_example_of_an_objective_is_sound(tmp_path):
     page = "docs/how-to/adding-an-objective.md"
     section, file, choice = blocks(page, "python")
     (preset,) = blocks(page, "toml")
-    package = tmp_path / "cluda_cli"
-    shutil.copytree(REPOSITORY / "cluda_cli", package, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(REPOSITORY / "presets", tmp_path / "presets")
+    package = copy_package(tmp_path)
     shutil.copy(REPOSITORY / "tests" / "objectives" / "test_contract.py", tmp_path)
     header = "class Objectives(Section):\n"
     own_class, _, field = section.partition(header + "    ...\n")
@@ -197,14 +197,46 @@ def test_the_worked_example_of_an_objective_is_sound(tmp_path):
     insert(chooser, "    return nn.ModuleDict(chosen)\n", before=condition)
     (tmp_path / "entropy.toml").write_text(preset, encoding="utf-8")
     code = "from cluda_cli import presets; assert presets.load(['entropy.toml']).objectives.entropy.weight == 0.01"
+    run_python(tmp_path, "-c", code)
     contract = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "entropy", "test_contract.py"]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    for command in (["-c", code], contract):
-        done = subprocess.run(
-            [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) >= 12
+    assert int(re.search(r"(\d+) passed", run_python(tmp_path, *contract)).group(1)) >= 12
+
+
+@pytest.mark.slow
+def test_the_worked_examples_of_a_dataset_and_a_command_are_sound(tmp_path):
+    """The blocks of extend.md, put where the page says: the command lists the classes of the dataset."""
+    name, entry, verb, command = blocks("docs/how-to/extend.md", "python")
+    package = copy_package(tmp_path)
+    index = package / "data" / "index.py"
+    index.write_text(re.sub(r"^PHOTOGRAPHED = .*\n", name, index.read_text(encoding="utf-8"), flags=re.MULTILINE))
+    published = package / "preparation" / "published.py"
+    insert(published, "PUBLISHED: tuple[Published, ...] = (\n", before=entry)
+    insert(published, ")\n\n\ndef locate_demo(", before="    BDD100K,\n")
+    (package / "commands" / "classes.py").write_text(verb, encoding="utf-8")
+    insert(package / "cli.py", "def main(", before=command + "\n\n")
+    data = tmp_path / "data" / "bdd100k"
+    for split in ("train", "val"):
+        write_pair(data / f"images/10k/{split}/a.jpg", data / f"labels/sem_seg/masks/{split}/a.png", 0, [0, 13, 255])
+    run_python(tmp_path, "-m", "cluda_cli", "prepare", "bdd100k")
+    listed = run_python(tmp_path, "-m", "cluda_cli", "classes", "bdd100k").splitlines()
+    assert listed == [f"{i:>3}  {c.name}" for i, c in enumerate(CITYSCAPES)]
+
+
+def copy_package(folder: Path) -> Path:
+    """A copy of the package and its presets, to be changed."""
+    shutil.copytree(REPOSITORY / "cluda_cli", folder / "cluda_cli", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(REPOSITORY / "presets", folder / "presets")
+    return folder / "cluda_cli"
+
+
+def run_python(folder: Path, *arguments: str) -> str:
+    """What Python prints with the package that was copied into a folder."""
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def insert(path: Path, line: str, *, before: str) -> None:

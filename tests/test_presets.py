@@ -11,7 +11,7 @@ from cluda_cli.settings import Settings
 
 METHODS = [
     "source-only", "dacs", "daformer", "daformer-cluda", "daformer-mic", "hrda", "hrda-cluda", "mic", "mic-cluda",
-    "dlv2", "dlv2-cluda", "swin-cluda", "dinov2-cluda",
+    "dlv2", "dlv2-cluda", "swin-cluda", "dinov2-cluda", "dinov2-small",
 ]  # fmt: skip
 OVERLAYS = ["small", "demo", "synthia", "acdc", "dark-zurich"]
 
@@ -66,6 +66,7 @@ def test_an_overlay_switches_nothing_on(method, overlay):
         ("dlv2-cluda", "feature_distance mixed pixel_contrast"),
         ("swin-cluda", "feature_distance mixed pixel_contrast"),
         ("dinov2-cluda", "masked mixed pixel_contrast"),
+        ("dinov2-small", "masked mixed pixel_contrast"),
     ],
 )
 def test_a_method_is_what_its_name_says(name, on):
@@ -154,3 +155,49 @@ def test_resuming_takes_the_runs_settings_and_announces_changes(tmp_path, capsys
     resolved = presets.resume(tmp_path, {"training": {"steps": 20}}, [])
     assert (resolved.training.steps, resolved.training.seed) == (20, 4)
     assert "resuming with another training.steps: 10 -> 20" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("deep.json", "[" * 100_000),
+        ("deep.toml", "a = " + "[" * 100_000),
+        ("long.json", '{"training": {"seed": ' + "1" * 5000 + "}}"),
+        ("long.toml", "[training]\nseed = " + "1" * 5000),
+        ("hex.toml", "[training]\nseed = 0x" + "f" * 5000),
+        ("large.toml", "[training]\nsteps = 99999999999999999999"),
+        ("infinite.toml", "[optimizer]\nlr = inf"),
+        ("nan.json", '{"optimizer": {"lr": NaN}}'),
+        ("nul.toml", '[data]\nroot = "a\\u0000b"'),
+        ("half.json", '{"data": {"root": "\\ud800"}}'),
+        ("many.toml", "[training]\nseed = [" + "1," * 100_000 + "]"),
+    ],
+    ids=lambda value: value[:12],
+)
+def test_hostile_settings_are_short_messages(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SettingsError) as problem:
+        presets.load([str(tmp_path / name)])
+    assert 0 < len(str(problem.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["a=" + "[" * 100_000, ".".join("a" * 100_000) + "=1", "training.seed=" + "1" * 5000, "optimizer.lr=-inf",
+     "training.seed=0x" + "f" * 5000],
+    ids=lambda value: value[:16],
+)  # fmt: skip
+def test_hostile_overrides_are_short_messages(override):
+    with pytest.raises(SettingsError) as problem:
+        presets.load(overrides=[override])
+    assert 0 < len(str(problem.value)) < 1000
+
+
+def test_a_folder_without_a_run_names_the_runs_beside_it(tmp_path):
+    (tmp_path / "dacs").mkdir()
+    (tmp_path / "dacs" / "settings.json").write_text("{}")
+    with pytest.raises(SettingsError, match=f"there is no such run to resume .*runs beside it: {tmp_path / 'dacs'}"):
+        presets.resume(tmp_path / "daks", {}, [])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SettingsError, match="holds no run to resume"):
+        presets.resume(tmp_path / "empty", {}, [])

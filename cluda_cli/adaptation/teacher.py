@@ -32,8 +32,15 @@ class Teacher(nn.Module):
     never touches them (docs/decisions/0002-teacher-batch-norm.md).
     """
 
-    def __init__(self, student: Segmenter, teacher: settings.Teacher) -> None:
+    def __init__(self, student: Segmenter, teacher: settings.Teacher, class_weights: Tensor | None = None) -> None:
+        """`class_weights` (K) are those with which the student learns and for which pseudo-labels are corrected.
+
+        Cross-entropy with weights w learns probabilities in proportion to w p, so log w is taken from the logits (logit
+        adjustment, arXiv 2007.07314).
+        """
         super().__init__()
+        tilt = None if class_weights is None else class_weights.log()[:, None, None]  # K 1 1
+        self.register_buffer("tilt", tilt, persistent=False)
         self.network = copy.deepcopy(student).requires_grad_(False)
         self.decay, self.confidence = teacher.decay, teacher.confidence
         self._set_modes()
@@ -56,7 +63,8 @@ class Teacher(nn.Module):
 
         `valid` (B H W, bool or 0..1) says where pseudo-labels may have weight. Batch norms see this batch.
         """
-        return label_logits(self.output(image).logits, self.confidence, valid)
+        logits = self.output(image).logits  # B K h w
+        return label_logits(logits if self.tilt is None else logits.float() - self.tilt, self.confidence, valid)
 
     @torch.no_grad()
     def output(self, image: Tensor) -> Output:

@@ -33,12 +33,19 @@ class View:
     probability: Tensor  # B H W, float32, the teacher's probability of the label; 1 on ground truth
     boxes: Boxes | None = None  # where a student of two resolutions looks closely; None: where it is least certain
     pseudo_label: Tensor | None = None  # B H W, int64, of the target images of a mixed view, 255 = no pseudo-label
+    truth: Tensor | None = None  # B H W, bool, where the label is ground truth; None: nowhere
+    seed: Tensor | None = None  # B, int64 on the CPU, for what objectives draw in each image
 
     def part(self, images: slice) -> Self:
         """The view of some of its images."""
-        maps = ("image", "label", "weight", "probability", "pseudo_label")
+        maps = ("image", "label", "weight", "probability", "pseudo_label", "truth", "seed")
         chosen = {name: None if (value := getattr(self, name)) is None else value[images] for name in maps}
         return replace(self, boxes=self.boxes and self.boxes.part(images), **chosen)
+
+    def generators(self, purpose: str) -> list[torch.Generator]:
+        """A generator on the CPU for each image: (run seed, view, step, position of the image, purpose) decide."""
+        assert self.seed is not None
+        return [torch.Generator().manual_seed(derive_seed(seed, purpose)) for seed in self.seed.tolist()]
 
 
 class Seen(NamedTuple):
@@ -56,6 +63,7 @@ class Domain:
     label: Tensor  # B H W, ground truth or pseudo-label
     weight: Tensor  # B H W
     probability: Tensor  # B H W, as in `View`
+    truth: Tensor  # B H W, bool, as in `View`
 
 
 class Scene:
@@ -75,9 +83,12 @@ class Scene:
 
     def generators(self, purpose: str) -> list[torch.Generator]:
         """A generator on the CPU for each image: (seed, purpose, step, position of the image) decide."""
+        return [torch.Generator().manual_seed(seed) for seed in self.seeds(purpose)]
+
+    def seeds(self, purpose: str) -> list[int]:
+        """A seed for each image, as for `generators`."""
         count = len(self.batch["target"].image)
-        seeds = (derive_seed(self.seed, purpose, self.step, self.first + i) for i in range(count))
-        return [torch.Generator().manual_seed(seed) for seed in seeds]
+        return [derive_seed(self.seed, purpose, self.step, self.first + i) for i in range(count)]
 
     @cached_property
     def source(self) -> Domain:
@@ -91,7 +102,8 @@ class Scene:
         assert crops.valid is not None
         image = self._normalise(crops)
         with span("teacher"):
-            return Domain(image, *self.teacher.pseudo_labels(image, crops.valid))
+            pseudo = self.teacher.pseudo_labels(image, crops.valid)
+        return Domain(image, *pseudo, torch.zeros_like(pseudo.label, dtype=torch.bool))
 
     def ground_truth(self, name: str) -> Domain:
         """Labelled crops of the batch, by their name."""
@@ -99,7 +111,7 @@ class Scene:
         assert crops.label is not None
         label = crops.label.long()
         certain = torch.ones_like(label, dtype=torch.float32)
-        return Domain(self._normalise(crops), label, certain, certain)
+        return Domain(self._normalise(crops), label, certain, certain, torch.ones_like(label, dtype=torch.bool))
 
     def augment(self, image: Tensor, mixing: settings.Mixing, purpose: str) -> Tensor:
         """Jitter and blur normalised images B 3 H W, with the generators of `purpose`."""
@@ -115,16 +127,25 @@ class Scene:
         size = (shown.image.shape[2], shown.image.shape[3])
         boxes = self.teacher.network.draw_boxes(len(shown.image), size, self.generator(f"{name} detail"))
         boxes = boxes and boxes.to(shown.image.device)
-        return View(name, shown.image, shown.label, shown.weight, shown.probability, boxes)
+        return View(name, shown.image, shown.label, shown.weight, shown.probability, boxes, truth=shown.truth)
 
 
 Maker = Callable[[Scene], View]
 """Makes one view of a scene. The same seed and step give the same view, whichever other views are made."""
 
 
-def make_source(scene: Scene) -> View:
-    """Source images as they are."""
-    return scene.view("source", scene.source)
+@dataclass(frozen=True)
+class MakeSource:
+    """Source images as they are or, with `mixing.source_jitter_strength`, strongly augmented."""
+
+    mixing: settings.Mixing
+
+    def __call__(self, scene: Scene) -> View:
+        strength, shown = self.mixing.source_jitter_strength, scene.source
+        if strength is not None:
+            mixing = self.mixing.model_copy(update={"jitter_strength": strength})
+            shown = replace(shown, image=scene.augment(shown.image, mixing, "source augmentation"))
+        return scene.view("source", shown)
 
 
 def make_target(scene: Scene) -> View:
@@ -143,7 +164,7 @@ class MakeMixed:
         pasted = class_mask(source.label, choose_classes(source.label, scene.generators("mixing")))  # B H W
         image, label, weight = class_mix(source.image, source.label, target.image, target.label, target.weight, pasted)
         image = scene.augment(image, self.mixing, "mixed augmentation")
-        view = scene.view("mixed", Domain(image, label, weight, target.probability.masked_fill(pasted, 1.0)))
+        view = scene.view("mixed", Domain(image, label, weight, target.probability.masked_fill(pasted, 1.0), pasted))
         start, valid = self.mixing.uncertain_detail_from, scene.batch["target"].valid
         if start is not None and scene.step >= start:
             view = replace(view, boxes=None)

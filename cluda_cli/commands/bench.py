@@ -19,10 +19,16 @@ from cluda_cli.engine.step import training_step
 from cluda_cli.errors import EnvironmentProblem
 from cluda_cli.inference.device import pick_device
 from cluda_cli.inference.sliding import choose_budget, fit_image, segment
-from cluda_cli.measure.costs import Loading, Memory, MemoryWatch, Spread, largest_step, loading_speed, step_times
+from cluda_cli.measure.costs import Loading, Memory, MemoryWatch, Spread, find_largest_step, measure_loading, time_steps
 from cluda_cli.measure.spans import SpanClock, wait_for_device
 from cluda_cli.measure.synthetic import synthetic_images, synthetic_source
-from cluda_cli.measure.workload import batch_stream, busiest_step, generator, label_believably, measurable
+from cluda_cli.measure.workload import (
+    find_busiest_step,
+    generator,
+    imitate_pseudo_labels,
+    make_measurable,
+    stream_batches,
+)
 from cluda_cli.settings import Settings
 from cluda_cli.spans import span
 
@@ -99,18 +105,18 @@ def bench(settings: Settings, *, steps: int = 10, prepared: bool = False, as_jso
 def _measure(
     settings: Settings, sources: Sequence[Index], target: Index | None, device: torch.device, steps: int
 ) -> Report:
-    first = busiest_step(settings)
-    measured = measurable(settings, first + WARM_UP + 2 * steps)
-    stream = batch_stream(measured, sources, target, first, device)
+    first = find_busiest_step(settings)
+    measured = make_measurable(settings, first + WARM_UP + 2 * steps)
+    stream = stream_batches(measured, sources, target, first, device)
     watch = MemoryWatch(device)
     run = Run(measured, sources, device)
     run.step = first
-    label_believably(run)
+    imitate_pseudo_labels(run)
     clock = SpanClock(device)
     with closing(stream), console.Progress("measuring", WARM_UP + 2 * steps) as progress:
         warm_up = _warm_up(run, stream, progress)
         began = time.process_time()
-        times = step_times(run, stream, steps, progress.advance)
+        times = time_steps(run, stream, steps, progress.advance)
         step, cpu_share = Spread.of(times), (time.process_time() - began) / sum(times)
         memory = watch.read()
         for _ in range(steps):
@@ -119,8 +125,8 @@ def _measure(
                     batch = to_device(next(stream), device)
                 training_step(run, batch)
             progress.advance()
-    largest = largest_step(run, batch) if device.type == "cuda" else None
-    loading = loading_speed(measured, sources, target, first) if target else None
+    largest = find_largest_step(run, batch) if device.type == "cuda" else None
+    loading = measure_loading(measured, sources, target, first) if target else None
     validation, training = _validation(settings, run, target), settings.training
     images = None if validation.images is None else validation.images * validation.validations
     return Report(
@@ -142,11 +148,11 @@ def _measure(
 def _warm_up(run: Run, stream: Generator[Batch, None, None], progress: console.Progress) -> list[float]:
     """Seconds of the untimed steps. Raises EnvironmentProblem that says what fits if the batch does not."""
     try:
-        return step_times(run, stream, WARM_UP, progress.advance)
+        return time_steps(run, stream, WARM_UP, progress.advance)
     except torch.OutOfMemoryError:
         pass  # looked into only below, where the exception and all that its frames hold are gone
     batch = to_device(next(stream), run.device)
-    images = largest_step(run, batch)
+    images = find_largest_step(run, batch)
     remedy = f"{images} of each do: --set data.batch_size={images}" if images else "not even one of each does"
     raise EnvironmentProblem(
         f"{len(batch['source'].image)} source and target images do not fit {run.device}",

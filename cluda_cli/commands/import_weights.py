@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from cluda_cli import console
 from cluda_cli.data.index import find, joint_classes, seen_classes
@@ -17,8 +16,17 @@ from cluda_cli.files import sha256
 from cluda_cli.inference.weights_file import NetworkDescription, save_weights
 from cluda_cli.models.multires import build_segmenter
 from cluda_cli.models.normalisation import IMAGENET
-from cluda_cli.models.published.checkpoints import COPIES, Published, class_count, one_network, other_settings
-from cluda_cli.models.published.encoders import flat, match_names, read_tensors
+from cluda_cli.models.published.checkpoints import (
+    COPIES,
+    Published,
+    class_count,
+    listed_classes,
+    match_classes,
+    one_network,
+    other_settings,
+)
+from cluda_cli.models.published.encoders import flat, match_names, named_tensors, read_content
+from cluda_cli.models.segmenter import Segmenter
 from cluda_cli.preparation.published import PUBLISHED
 from cluda_cli.settings import Data, Model, Settings
 
@@ -53,15 +61,20 @@ def import_weights(
         raise SettingsError(f'"{network}" is neither {" nor ".join(COPIES)}', "--network", "leave it out for student")
     out = _free(path, out, overwrite)
     with torch.serialization.safe_globals(NUMPY_SCALARS):
-        tensors = read_tensors(path)
-    published = one_network(tensors, network, settings.model.encoder, path)
+        content = read_content(path)
+    published = one_network(named_tensors(content, path), network, settings.model.encoder, path)
     classes, seen = _classes(settings.data)
     count = class_count(published)
     if count is not None and count != len(classes):
         what = f"the network tells {count} classes apart, {', '.join(settings.data.source)} has {len(classes)}"
         raise DataError(what, path, "set data.source to a prepared dataset with its classes, in its order")
+    listed = listed_classes(content)
+    order = match_classes(listed, classes.names, path) if listed else list(range(len(classes)))
     model = build_segmenter(settings.model, settings.data.crop, len(classes))
     _load(model, published, settings.model, path)
+    for classifier in model.classifiers().values():
+        for parameter in classifier.parameters():
+            parameter.data = parameter.data[order]  # K ...
     description = NetworkDescription(settings=settings, classes=classes, seen=seen, network_name=network, step=0)
     # These code bases normalise with the values of ImageNet, whatever their encoder.
     save_weights(out, model.state_dict(), description, normalisation=IMAGENET)
@@ -74,6 +87,7 @@ def import_weights(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "left_out": published.left_out,
         "classes": list(classes.names),
+        "reordered": order != sorted(order),
         "unseen": [name for name in classes.names if name not in seen],
     }
     _report(described, as_json)
@@ -104,7 +118,7 @@ def _classes(data: Data) -> tuple[ClassTable, tuple[str, ...]]:
     return joint_classes(sources), seen_classes(sources)
 
 
-def _load(model: nn.Module, published: Published, section: Model, path: Path) -> None:
+def _load(model: Segmenter, published: Published, section: Model, path: Path) -> None:
     """Raises DataError that lists every tensor without counterpart and the settings that the file tells."""
     own, other = model.state_dict(), other_settings(published, section)
     matched = match_names(own, published.tensors, key=_key)
@@ -150,4 +164,6 @@ def _report(described: Mapping[str, Any], as_json: bool) -> None:
     console.info(", ".join(parts))
     for names, count in described["left_out"].items():
         console.info(f"left out, not part of this network: {count} tensors {names}")
+    if described["reordered"]:
+        console.info("the file lists its classes in another order; the outputs were put into that of data.source")
     console.result(described["weights"])

@@ -3,7 +3,7 @@
 import glob
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
@@ -21,6 +21,7 @@ from cluda_cli.data.index import IMAGE_SUFFIXES
 from cluda_cli.data.labels import ClassTable
 from cluda_cli.data.transforms import read_image
 from cluda_cli.errors import OUT_OF_MEMORY, DataError, SettingsError, is_out_of_memory
+from cluda_cli.files import locked, make_unique
 from cluda_cli.inference.device import pick_device
 from cluda_cli.inference.prefetch import HostCopy, prefetch, write_png
 from cluda_cli.inference.sliding import ResizedImage, fit_image, segment
@@ -67,8 +68,6 @@ def predict(
     Raises SettingsError for an unknown output. Raises DataError if there is no image, if a result would replace an
     input, and, after all other images are done, if one was skipped.
     """
-    if out.exists() and not out.is_dir():
-        raise SettingsError("is a file; the results need a folder", out, "name another with --out")
     unknown = sorted(set(outputs) - set(OUTPUTS))
     if unknown or not outputs:
         raise SettingsError(
@@ -80,7 +79,10 @@ def predict(
     _check_label_ids(trained.classes, outputs)
     done: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
-    with console.Progress("predicting", len(requests)) as progress:
+    with (
+        locked(out, "name another folder with --out"),
+        console.Progress("predicting", len(requests)) as progress,
+    ):
 
         def skip(request: _Request, problem: DataError) -> None:
             console.warn(str(problem))
@@ -198,18 +200,6 @@ def _walk(folder: Path, results: Collection[str]) -> list[Path]:
             names[:] = [name for name in visible if not (here / name).is_symlink()]
             files += [here / name for name in found if not name.startswith(".")]
     return sorted(files)
-
-
-def make_unique(names: Iterable[str]) -> Iterator[str]:
-    """Yield the names, and add a number to a name that repeats an earlier one. Upper and lower case are the same."""
-    taken: set[str] = set()
-    for name in names:
-        unique, number = name, 1
-        while unique.casefold() in taken:
-            number += 1
-            unique = f"{name}-{number}"
-        taken.add(unique.casefold())
-        yield unique
 
 
 def _plan(images: Sequence[tuple[Path, Path]], out: Path, outputs: Sequence[str]) -> list[_Request]:

@@ -7,16 +7,18 @@
 The train-id maps lie beside them, in the folder `labels`, and stored training images in the folder `cache`.
 """
 
-import json
+import os
 import re
+import shlex
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
 
 from cluda_cli import console
-from cluda_cli.data.index import PHOTOGRAPHED, Index, Item
+from cluda_cli.data.index import PHOTOGRAPHED, RENDERED, Index, Item, read_stamp, seen_classes
+from cluda_cli.data.stored import ManifestFile, read_stored
 from cluda_cli.errors import DataError, SettingsError
-from cluda_cli.files import write_json
+from cluda_cli.files import locked, write_json
 from cluda_cli.preparation.archives import find_archives, find_missing, unpack
 from cluda_cli.preparation.conversion import Outcome, Scan, check_all, convert_missing, scan_files
 from cluda_cli.preparation.described import read_description
@@ -45,12 +47,22 @@ def prepare(
     """
     box = _parse_box(cache) if cache is not None else None
     datasets = _locate(dataset, data_root, check)
-    indexes = [_prepare_one(found, data_root, check, skip_bad, workers) for found in datasets]
+    indexes = []
+    for found in datasets:
+        with _hold(data_root / "prepared" / found.name, check):
+            indexes.append(_prepare_one(found, data_root, check, skip_bad, workers))
     if cache is not None:
         _make_caches(datasets, indexes, box, workers)
     if not check:
-        console.result(f"next: {_suggest_command(dataset, indexes[0], data_root)}")
+        command = _suggest_command(dataset, indexes[0], data_root)
+        talk = "prepare the other domain too, and train with --source and --target"
+        console.result(f"next: {command}" if command else talk)
     return indexes
+
+
+def _hold(folder: Path, check: bool = False) -> AbstractContextManager[None]:
+    """Keep other processes from writing into a folder, unless nothing is written."""
+    return nullcontext() if check else locked(folder, "take another --data-root")
 
 
 def _parse_box(text: str) -> tuple[int, int] | None:
@@ -75,7 +87,8 @@ def _make_caches(
             scan = scan_files(dataset, index.folder)
             # The key changes with the files.
             names = {pair.image: f"{pair.stem}-{key}" for key, pair in scan.keys.items()}
-            cache, items = write_cache(index, names, scan.inputs, box, workers), index.split("train")
+            with _hold(index.folder):
+                cache, items = write_cache(index, names, scan.inputs, box, workers), index.split("train")
             size = sum(map(cache.num_bytes, items)) / 1e9
             console.result(f"{index.name}: {len(items)} training images cached in {cache.folder} ({size:.1f} GB)")
 
@@ -91,7 +104,8 @@ def _locate(name: str, data_root: Path, check: bool) -> Sequence[Dataset]:
         if not check:
             from cluda_cli.demo.dataset import make_demo
 
-            make_demo(folder)
+            with _hold(folder):
+                make_demo(folder)
         elif not (folder / "demo.json").is_file():
             raise DataError("the demonstration has not been made yet", folder, "run without --check")
         return locate_demo(folder)
@@ -111,25 +125,29 @@ def _unpack(published: Published, data_root: Path, check: bool) -> None:
     layout = published.find_layout(data_root)
     if layout and not layout.as_published:
         return
-    for path, archive in find_archives(published.archives, (data_root, folder)):
-        if not check:
-            unpack(path, archive, folder)
-        elif missing := find_missing(path, archive, folder):
-            console.result(f"{path}: {len(missing)} files are not unpacked yet")
+    archives = find_archives(published.archives, (data_root, folder))
+    with _hold(folder, check or not archives):
+        for path, archive in archives:
+            if not check:
+                unpack(path, archive, folder)
+            elif missing := find_missing(path, archive, folder):
+                console.result(f"{path}: {len(missing)} files are not unpacked yet")
 
 
 def _prepare_one(dataset: Dataset, data_root: Path, check: bool, skip_bad: bool, workers: int | None) -> Index:
     """Scan, check and convert one dataset, report, and write its index."""
+    _refuse_names(dataset.root, data_root)
     _refuse_other(dataset, data_root / "prepared" / dataset.name)
     scan = scan_files(dataset, data_root / "prepared" / dataset.name)
     if not check and (index := _load_current(scan, skip_bad)):
         counts = [f"{len(items)} {name}" for name, items in index.splits.items()]
-        if num_bad := _read_manifest(scan.folder).get("bad"):
-            counts.append(f"without {num_bad} bad files")
+        if (manifest := _read_manifest(scan.folder)) and manifest.bad:
+            counts.append(f"without {manifest.bad} bad files")
         console.result(f"{dataset.name}: up to date ({', '.join(counts)})")
         return index
     console.info(f"{dataset.name}: {len(scan.keys)} images below {dataset.root}")
-    if not check and _read_manifest(scan.folder).get("inputs") != scan.inputs:
+    manifest = _read_manifest(scan.folder)
+    if not check and (manifest is None or manifest.inputs != scan.inputs):
         (scan.folder / "index.json").unlink(missing_ok=True)  # it describes files that have changed
     outcomes = check_all(scan, workers) if check else convert_missing(scan, workers)
     index = _build_index(scan, outcomes)
@@ -137,23 +155,34 @@ def _prepare_one(dataset: Dataset, data_root: Path, check: bool, skip_bad: bool,
         *scan.problems,
         *(p for outcome in outcomes.values() for p in outcome.problems),
         *_find_absent_classes(index),
+        *_find_lone_classes(index),
     ]
     for line in format_report(problems):
         console.result(line)
     num_errors = len({problem.file for problem in problems if problem.kind.is_error})
+    num_left_out = len({problem.file for problem in problems if problem.kind.leaves_out})
     if num_errors and not skip_bad:
         number = f"{num_errors} files" if num_errors > 1 else "1 file"
         remedy = "correct them, or leave out the pairs concerned with --skip-bad"
         raise DataError(f"{number} would spoil training, as listed above", dataset.name, remedy)
     if not any(index.splits.values()):
         raise DataError("no usable image is left", dataset.root, "see the problems above")
-    if num_errors and not check:
-        console.result(f"left out, because of the errors above: {num_errors} files")
+    if num_left_out and not check:
+        console.result(f"left out, because of the errors above: {num_left_out} files")
     if not check:
         index.save()
-        write_json(scan.folder / "manifest.json", {"inputs": scan.inputs, "bad": num_errors})
+        content = {"inputs": scan.inputs, "bad": num_left_out, "accepted": num_errors}
+        write_json(scan.folder / "manifest.json", content)
     _summarise(index)
     return index
+
+
+def _refuse_names(*folders: Path) -> None:
+    """Raises DataError for a path that cannot be stored."""
+    for folder in folders:
+        text = os.path.realpath(folder)
+        if (escaped := text.encode("utf-8", "backslashreplace").decode()) != text:
+            raise DataError("the name of this folder is not UTF-8", escaped, "rename it")
 
 
 def _refuse_other(dataset: Dataset, folder: Path) -> None:
@@ -169,25 +198,27 @@ def _refuse_other(dataset: Dataset, folder: Path) -> None:
 
 
 def _load_current(scan: Scan, skip_bad: bool) -> Index | None:
-    """The index on disk, if it was made from the present files and all its train-id maps exist."""
+    """The index on disk, if it was made from the present files and its train-id maps are as they were written."""
     manifest = _read_manifest(scan.folder)
-    if manifest.get("inputs") != scan.inputs or (manifest.get("bad") and not skip_bad):
+    if manifest is None or manifest.inputs != scan.inputs or (manifest.accepted and not skip_bad):
         return None
     try:
         index = Index.load(scan.folder)
     except DataError:
         return None
-    labelled = (item for name in index.splits for item in index.labelled(name))
-    return index if all(index.label_path(item).is_file() for item in labelled) else None
+    labelled = [item for name in index.splits for item in index.labelled(name)]
+    changed = [item for item in labelled if not item.stamp or read_stamp(index.label_path(item)) != item.stamp[2:]]
+    for item in changed:  # not as we wrote it: it is made again
+        index.label_path(item).unlink(missing_ok=True)
+    return None if changed else index
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """What the index on disk was made from; empty if unknown."""
+def _read_manifest(folder: Path) -> ManifestFile | None:
+    """What the index on disk was made from; None if unknown."""
     try:
-        content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return read_stored(folder / "manifest.json", ManifestFile)
     except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        return None
 
 
 def _build_index(scan: Scan, outcomes: dict[str, Outcome]) -> Index:
@@ -195,8 +226,10 @@ def _build_index(scan: Scan, outcomes: dict[str, Outcome]) -> Index:
     splits: dict[str, list[Item]] = {split.name: [] for split in scan.dataset.splits}
     for key, pair in scan.keys.items():
         if not outcomes[key].is_bad:
-            label = scan.label_path(pair).relative_to(scan.folder).as_posix() if pair.label else None
-            splits[pair.split].append(Item(pair.image, label, outcomes[key].size, outcomes[key].pixels))
+            path = scan.label_path(pair) if pair.label else None
+            label = path.relative_to(scan.folder).as_posix() if path else None
+            stamp = (*read_stamp(scan.dataset.root / pair.image), *(read_stamp(path) if path else (0, 0)))
+            splits[pair.split].append(Item(pair.image, label, outcomes[key].size, outcomes[key].pixels, stamp))
     return Index(
         name=scan.dataset.name,
         folder=scan.folder,
@@ -218,6 +251,16 @@ def _find_absent_classes(index: Index) -> list[Problem]:
     ]
 
 
+def _find_lone_classes(index: Index) -> list[Problem]:
+    """A problem for each labelled split whose labels hold no class, or one only: nothing can be learnt or scored."""
+    found = []
+    for split in index.splits:
+        names = seen_classes([index], split)
+        if index.labelled(split) and len(names) < 2:
+            found.append(Problem(Kind.LONE, split, names[0]) if names else Problem(Kind.BLANK, split))
+    return found
+
+
 def _summarise(index: Index) -> None:
     """Print the images of each split, and the share of the labelled pixels of each class."""
     rows = [(name, str(len(items)), str(len(index.labelled(name)))) for name, items in index.splits.items()]
@@ -234,11 +277,24 @@ def _summarise(index: Index) -> None:
 
 
 def _suggest_command(dataset: str, index: Index, data_root: Path) -> str:
-    """The command that trains with the prepared dataset."""
-    command = "cluda train --preset demo"
-    if dataset != "demo":
-        is_source = index.labelled("train") and dataset not in PHOTOGRAPHED
-        command = f"cluda train --source {index.name} --target TARGET" if is_source else (
-            f"cluda train --source SOURCE --target {index.name}"
-        )  # fmt: skip
-    return command if data_root == Path("data") else f"{command} --data-root {data_root}"
+    """The command that trains with the prepared dataset, empty while there is no other domain."""
+    root = [] if data_root == Path("data") else ["--data-root", str(data_root)]
+    if dataset == "demo":
+        return shlex.join(["cluda", "train", "--preset", "demo", *root])
+    is_source = bool(index.labelled("train")) and dataset not in PHOTOGRAPHED
+    others = _find_partners(index.name, data_root, labelled=not is_source)
+    if not others:
+        return ""
+    source, target = (index.name, others[0]) if is_source else (others[0], index.name)
+    return shlex.join(["cluda", "train", "--source", source, "--target", target, *root])
+
+
+def _find_partners(name: str, data_root: Path, *, labelled: bool) -> list[str]:
+    """Names of the other prepared datasets with training images, with labels if `labelled`; usual ones first."""
+    found = []
+    for path in (data_root / "prepared").glob("*/index.json"):
+        with suppress(DataError):
+            index = Index.load(path.parent)
+            if path.parent.name != name and (index.labelled("train") if labelled else index.splits.get("train")):
+                found.append(path.parent.name)
+    return sorted(found, key=lambda other: (other not in (RENDERED if labelled else PHOTOGRAPHED), other))

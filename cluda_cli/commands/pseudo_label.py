@@ -21,17 +21,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluda_cli import __version__, console
-from cluda_cli.commands.predict import make_unique
 from cluda_cli.data.index import Index, Item, find
 from cluda_cli.data.labels import IGNORE
 from cluda_cli.data.transforms import read_image, read_label
 from cluda_cli.errors import SettingsError
-from cluda_cli.files import sha256, write_json
+from cluda_cli.files import is_vacant, locked, make_unique, sha256, write_json
 from cluda_cli.inference.device import pick_device
 from cluda_cli.inference.metrics import count_values
 from cluda_cli.inference.prefetch import HostCopy, prefetch, write_png
 from cluda_cli.inference.sliding import ResizedImage, fit_image, segment
 from cluda_cli.inference.weights_file import TrainedNetwork, load_weights
+from cluda_cli.settings import Data
 
 Pixels = NDArray[np.uint8]
 KIND = "pseudo-labels"
@@ -66,16 +66,30 @@ def pseudo_label(
         raise SettingsError(f"{threshold} is not in 0..1", "--threshold", "0 keeps every pixel, 0.968 is usual")
     chosen = pick_device(device)
     trained = load_weights(checkpoint, chosen)
-    data, names = trained.settings.data, trained.classes.names
+    data = trained.settings.data
     index = find(dataset or data.target, data_root or data.root)
     index.split(split)
     out = out or checkpoint.parent / KIND / f"{index.name}-{split}"
-    _claim(out, overwrite)
     if dataset is None and data.target_margins is not None:  # the margins of the run's target
         index = replace(index, margins=data.target_margins)
-    items, histogram = _label(trained, index, split, out, 0.0 if per_class else threshold)
+    with locked(out, "name another folder with --out"):
+        _claim(out, overwrite)
+        manifest = _make(trained, index, split, out, None if per_class else threshold, checkpoint)
+    _report(out, manifest, as_json)
+    if manifest["coverage"]:
+        command = _suggest_command(checkpoint, out, dataset or data.target, data_root or data.root, data)
+        console.info(f"next: {command}")
+    return out
+
+
+def _make(
+    trained: TrainedNetwork, index: Index, split: str, out: Path, threshold: float | None, checkpoint: Path
+) -> dict[str, Any]:
+    """Write labels, confidences, manifest and index; return the manifest. Without a threshold, each class has one."""
+    names = trained.classes.names
+    items, histogram = _label(trained, index, split, out, threshold or 0.0)
     thresholds: list[float | None] = [threshold] * len(names)
-    if per_class:
+    if threshold is None:
         thresholds = compute_thresholds(histogram)
         items = _apply_thresholds(out, items, thresholds)
     name, splits = f"{index.name}-{split}-{KIND}", {"train": tuple(items)}
@@ -90,14 +104,13 @@ def pseudo_label(
         "dataset": index.name,
         "split": split,
         "fingerprint": index.fingerprint,
-        "per_class": per_class,
+        "per_class": threshold is None,
         "thresholds": dict(zip(names, thresholds, strict=True)),
     }
     manifest = origin | _summarise(made, histogram)
     write_json(out / "manifest.json", manifest)
     made.save()  # last: only now the folder is a dataset
-    _report(out, manifest, as_json)
-    return out
+    return manifest
 
 
 def compute_thresholds(histogram: Tensor) -> list[float | None]:
@@ -198,14 +211,15 @@ def _rewrite(out: Path, keep: NDArray[np.bool_], item: Item) -> Item:
 def _claim(out: Path, overwrite: bool) -> None:
     """Mark the folder as one of pseudo-labels and remove an earlier index, so that it is no dataset until the end.
 
-    Raises SettingsError if the folder has contents other than pseudo-labels that may be replaced.
+    What an interrupted call began is taken over. Raises SettingsError if the folder has other contents, or whole
+    pseudo-labels that may not be replaced.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not overwrite:
-            remedy = "replace it with --overwrite, or name another with --out"
-            raise SettingsError("exists and is not empty", out, remedy)
+    if not is_vacant(out):
         if not _is_ours(out):
             raise SettingsError("holds something other than pseudo-labels", out, "name another folder with --out")
+        if (out / "index.json").exists() and not overwrite:
+            remedy = "replace them with --overwrite, or name another folder with --out"
+            raise SettingsError("holds pseudo-labels already", out, remedy)
     (out / "index.json").unlink(missing_ok=True)
     write_json(out / "manifest.json", {"kind": KIND})  # `_is_ours` reads it
 
@@ -213,7 +227,7 @@ def _claim(out: Path, overwrite: bool) -> None:
 def _is_ours(out: Path) -> bool:
     try:
         return bool(json.loads((out / "manifest.json").read_text(encoding="utf-8"))["kind"] == KIND)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -247,6 +261,17 @@ def _report(out: Path, manifest: dict[str, Any], as_json: bool) -> None:
         console.warn(f"no pixel is labelled: {', '.join(missing)}")
     if manifest["coverage"] == 0:
         console.warn("no pixel is confident enough: lower --threshold, or use --per-class")
-        return
-    source = shlex.quote(str(out))
-    console.info(f"next: cluda train --source {source} ...   (images are then resized by data.source_box)")
+
+
+def _suggest_command(checkpoint: Path, out: Path, target: str, root: Path, data: Data) -> str:
+    """The command that trains on the pseudo-labels, with the settings of the run that wrote the weights if it is there.
+
+    Images are then resized by data.source_box.
+    """
+    settings = checkpoint.parent / "settings.json"
+    parts = ["cluda", "train"]
+    parts += ["--preset", str(settings)] if settings.is_file() else []
+    parts += ["--source", str(out), "--target", target]
+    parts += ["--data-root", str(root)] if root != Path("data") or settings.is_file() else []
+    parts += ["--set", "data.source_shares=false"] if settings.is_file() and data.source_shares else []
+    return shlex.join(parts)

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, redirect_stdout
+from contextlib import ExitStack, closing, contextmanager, redirect_stdout
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,18 +20,21 @@ from cluda_cli.data.batch import Batch, to_device
 from cluda_cli.data.index import Index, joint_classes
 from cluda_cli.data.streams import batches
 from cluda_cli.distributed import collectives
+from cluda_cli.distributed.children import heeded_signals
 from cluda_cli.engine.folder import RunFolder
 from cluda_cli.engine.pictures import write_pictures
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.sharding import unsharded
 from cluda_cli.engine.step import training_step
-from cluda_cli.errors import CludaError, Interrupted, RunError
+from cluda_cli.errors import Interrupted
 from cluda_cli.inference.device import pick_device
 from cluda_cli.inference.metrics import Scores
 from cluda_cli.inference.scoring import compare_classes, score
 from cluda_cli.models.multires import MultiResolution
 from cluda_cli.settings import Decoder, Masking, Settings
 
+SMOOTHING = 0.1
+"""Share of a step's loss in the loss that is shown, which is the mean of about the last ten steps."""
 ECHO = 1.0
 """Seconds in which a request to stop that reaches a process twice is one."""
 
@@ -41,17 +44,20 @@ def train(settings: Settings, folder: Path, *, resume: bool = False, overwrite: 
 
     Started by torchrun, this is one of the processes that train the run together.
 
-    Raises SettingsError for a folder that exists, RunError for a non-finite loss, Interrupted after Ctrl-C or SIGTERM,
-    DataError for a file that turns out bad. Once the run has begun, its state is saved before any of them but RunError,
-    which leaves the last save.
+    Raises SettingsError for a folder that exists or that another process writes into, RunError for a non-finite loss,
+    Interrupted after a request to stop, DataError for a file that turns out bad. If loading or validation fails, with
+    whatever error, the state after the last step is saved first. A step that fails leaves the last save.
     """
-    with collectives.process_group():
-        _train(settings, folder, resume, overwrite)
-
-
-def _train(settings: Settings, folder: Path, resume: bool, overwrite: bool) -> None:
-    """`train`, among the processes of the run."""
     files = RunFolder(folder)
+    with collectives.process_group(), ExitStack() as held:
+        with collectives.fail_together():
+            held.enter_context(files.hold())
+        _train(settings, files, resume, overwrite)
+
+
+def _train(settings: Settings, files: RunFolder, resume: bool, overwrite: bool) -> None:
+    """`train`, among the processes of the run and while no other run can write into its folder."""
+    folder = files.path
     with collectives.fail_together():
         if not collectives.rank():
             _make_demo(settings)
@@ -73,13 +79,8 @@ def _train(settings: Settings, folder: Path, resume: bool, overwrite: bool) -> N
         except _StopAsked:
             files.save(run)
             raise Interrupted(f"stopped after step {run.step}, state saved", "", _resume_hint(folder)) from None
-        except RunError:  # a step broke: running statistics may have, too
-            raise
-        except CludaError:
-            files.save(run)
-            raise
     console.info(f"done in {console.duration(time.monotonic() - began)}")
-    _conclude(run, files)
+    _conclude(run, files, target)
 
 
 def _build(
@@ -90,6 +91,8 @@ def _build(
     positions = collectives.local_positions(data.batch_size)
     device = pick_device(collectives.local_device(training.device))
     *sources, target = (prepared.find(name, data.root) for name in (*data.source, data.target))
+    for index in (*sources, target):
+        index.check_files()
     if not resume:
         files.refuse_taken(overwrite)
     if target.labelled("val"):
@@ -110,6 +113,7 @@ def _loop(
     """The run from its step to the last: every-so-often work, one step, log."""
     training, steps = run.settings.training, run.settings.training.steps
     labelled = bool(target.labelled("val"))
+    loss: float | None = None
     with closing(stream), console.Progress("training", steps, run.step) as progress:
         while True:
             if _due(run.step, training.save_every, steps):
@@ -117,20 +121,33 @@ def _loop(
             if collectives.any_rank(stop.requested):
                 raise _StopAsked
             if labelled and _due(run.step, training.validate_every, steps) and run.validated < run.step:
-                with progress.paused():
+                with progress.paused(), _save_if_it_fails(run, files):
                     _validate(run, files, target, stop)
                 files.save(run)
             if run.step == steps:
                 return
-            with collectives.fail_together():
+            with _save_if_it_fails(run, files):
                 batch = to_device(next(stream), run.device)
             result = training_step(run, batch)
-            note = ""
+            loss = result.loss if loss is None else loss + SMOOTHING * (result.loss - loss)
             if _due(run.step, training.log_every, steps) or run.step == 1:
-                note = _log(run, files, result.terms)
+                _log(run, files, result.terms)
             if training.pictures_every and _due(run.step, training.pictures_every, steps):
                 write_pictures(files.pictures / f"{run.step:06d}.png", run, batch, result.views)
-            progress.advance(note)
+            progress.advance(f"loss {loss:.3f}")
+
+
+@contextmanager
+def _save_if_it_fails(run: Run, files: RunFolder) -> Iterator[None]:
+    """For work between steps: if it fails on any rank, all ranks save the state of the run and raise the error."""
+    try:
+        with collectives.fail_together():
+            yield
+    except (_StopAsked, collectives.RankLost):
+        raise
+    except Exception:
+        files.save(run)
+        raise
 
 
 def _due(step: int, every: int, steps: int) -> bool:
@@ -177,13 +194,10 @@ def _summarise(scores: Scores) -> dict[str, Any]:
     }
 
 
-def _log(run: Run, files: RunFolder, terms: dict[str, torch.Tensor]) -> str:
-    """One line of metrics.jsonl, where null is a term that had nothing to measure; the total loss for the screen."""
-    values = {name: float(value) for name, value in terms.items()}
+def _log(run: Run, files: RunFolder, terms: dict[str, torch.Tensor]) -> None:
+    """One line of metrics.jsonl, where null is a term that had nothing to measure."""
     rate = run.optimizer.param_groups[0]["lr"]
-    files.log({"step": run.step, "lr": rate, "terms": {name: value or None for name, value in values.items()}})
-    weights = {name: objective.settings.weight for name, objective in run.objectives.items()}
-    return f"loss {sum(weights[name.split('/')[1]] * value for name, value in values.items()):.3f}"
+    files.log({"step": run.step, "lr": rate, "terms": {name: float(value) or None for name, value in terms.items()}})
 
 
 def _make_demo(settings: Settings) -> None:
@@ -254,12 +268,13 @@ def _warn_of_no_effect(settings: Settings) -> None:
         console.warn("training.micro_batch has no effect: a batch is no larger")
 
 
-def _conclude(run: Run, files: RunFolder) -> None:
+def _conclude(run: Run, files: RunFolder, target: Index) -> None:
     """Where the result is, and the next command."""
     if run.best:
         console.info(f"best mIoU {run.best['miou']:.2f} at step {run.best['step']:.0f}: {files.best}")
     weights = shlex.quote(str(files.best if files.best.is_file() else files.last))
-    console.info(f"next: cluda eval --ckpt {weights}   or   cluda predict images/ --ckpt {weights}")
+    verb = "eval" if target.labelled("val") else "pseudo-label"
+    console.info(f"next: cluda {verb} --ckpt {weights}")
 
 
 def _resume_hint(folder: Path) -> str:
@@ -271,7 +286,7 @@ class _StopAsked(Exception):  # noqa: N818  a request is no error
 
 
 class _StopRequest:
-    """Ctrl-C and SIGTERM: the first asks the loop to stop after its step, the second stops at once.
+    """Ctrl-C, SIGTERM, SIGHUP and SIGUSR1: the first asks the loop to stop after its step, the second stops at once.
 
     Of several processes, all stop after the step in which one was asked. What reaches them all at once from a terminal
     or a scheduler, and what their launcher passes on, count as one request.
@@ -284,7 +299,7 @@ class _StopRequest:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "_StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in heeded_signals():
             self._previous[number] = signal.signal(number, self._handle)
         return self
 

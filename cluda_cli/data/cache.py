@@ -9,7 +9,6 @@ enlarge are stored at their own size, because reading more pixels costs more tha
 the last bit to decoded and resized ones. H W original size, h w stored size.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from cluda_cli import console
 from cluda_cli.data.index import Index, Item
+from cluda_cli.data.stored import CacheFile, ManifestFile, read_stored
 from cluda_cli.data.transforms import fit_box
 from cluda_cli.errors import DataError
 
@@ -64,6 +64,8 @@ class Cache:
     def _map(self, item: Item, suffix: str, channels: int) -> Tensor:
         path, size = self.folder / (self.files[item.image] + suffix), self.size(item)
         head = make_netpbm_header(size, channels)
+        if not path.is_file():
+            raise DataError("a cached file is missing", path, self._remedy())
         try:
             # Copy-on-write: torch wants writable memory, though nobody writes to it.
             content = np.memmap(path, dtype=np.uint8, mode="c")
@@ -116,14 +118,13 @@ def choose_cache(index: Index, box: Box) -> Cache | None:
 def read_cache(folder: Path) -> Cache | None:
     """The cache in a folder; None if it is incomplete, of another format, or made from other files than the index."""
     try:
-        content = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
-        manifest = json.loads((folder.parent.parent / "manifest.json").read_text(encoding="utf-8"))
-        if content["format"] != FORMAT or content["inputs"] != manifest["inputs"]:
-            return None
-        box = content["box"]
-        return Cache(folder, box and (int(box[0]), int(box[1])), dict(content["files"]))
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        stored = read_stored(folder / "cache.json", CacheFile)
+        inputs = read_stored(folder.parent.parent / "manifest.json", ManifestFile).inputs
+    except (OSError, ValueError):
         return None
+    if stored.format != FORMAT or stored.inputs != inputs:
+        return None
+    return Cache(folder, stored.box, stored.files)
 
 
 def make_netpbm_header(size: tuple[int, int], channels: int) -> bytes:

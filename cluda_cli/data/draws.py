@@ -12,7 +12,7 @@ from cluda_cli import settings
 from cluda_cli.data.batch import Crops
 from cluda_cli.data.cache import SPLIT
 from cluda_cli.data.frames import Frames
-from cluda_cli.data.index import Index
+from cluda_cli.data.index import Index, seen_classes
 from cluda_cli.data.labels import IGNORE, ClassTable
 from cluda_cli.data.sampling import RareClasses, diverse_crop, random_crop, rare_crop
 from cluda_cli.data.transforms import resize_label_region
@@ -69,10 +69,16 @@ class LabelledImages:
 
 
 class Sources:
-    """Draws from several labelled datasets: first the dataset, by its share, then the crop."""
+    """Draws from several labelled datasets: first the dataset, by its share, then the crop.
+
+    Raises DataError if their labels hold one class only: its loss would go to 0, and nothing would be learnt.
+    """
 
     def __init__(self, sources: Sequence[Index], classes: ClassTable, data: settings.Data) -> None:
         self.parts = [LabelledImages(index, classes, data) for index in sources]
+        if len(seen := seen_classes(sources, SPLIT)) < 2:
+            remedy = 'label what is not of this class as another one, such as "background"'
+            raise DataError(f"the source labels hold one class only: {', '.join(seen)}", sources[0].folder, remedy)
         shares = np.array(data.source_shares or [len(part.items) for part in self.parts], dtype=np.float64)
         self.shares = shares / shares.sum()
 

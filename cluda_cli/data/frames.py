@@ -4,6 +4,7 @@ from torch import Tensor
 
 from cluda_cli.data.cache import Box, choose_cache
 from cluda_cli.data.index import Index, Item
+from cluda_cli.data.labels import IGNORE
 from cluda_cli.data.sampling import Crop
 from cluda_cli.data.transforms import fit_box, read_image, read_label, resize_label_region, resize_region
 from cluda_cli.errors import DataError
@@ -20,12 +21,16 @@ class Frames:
         return fit_box(item.size, self.box)
 
     def label(self, item: Item) -> Tensor:
-        """uint8 h w train ids of the whole frame; the item must have a label. Raises DataError as `image`."""
+        """uint8 h w train ids of the whole frame; the item must have a label.
+
+        Raises DataError as `image`, and if the label holds an id that is no class of the dataset.
+        """
         if self.cache and self.cache.serves(item, self.box):
             label = self.cache.label(item)
         else:
             label = read_label(self.index.label_path(item))
             self._check_size(item, label, "label")
+        self._check_ids(item, label)
         size = self.size(item)
         return resize_label_region(label, size, 0, 0, *size)
 
@@ -37,6 +42,16 @@ class Frames:
             image = read_image(self.index.image_path(item))
             self._check_size(item, image, "image")
         return resize_region(image, self.size(item), crop.top, crop.left, crop.height, crop.width)
+
+    def _check_ids(self, item: Item, label: Tensor) -> None:
+        ids, num_classes = label.numpy(), len(self.index.classes)
+        unknown = ids[(ids >= num_classes) & (ids != IGNORE)]
+        if unknown.size:
+            raise DataError(
+                f"the label holds {unknown[0]}; train ids are 0..{num_classes - 1} and {IGNORE}",
+                self.index.label_path(item),
+                "run `cluda prepare` again",
+            )
 
     def _check_size(self, item: Item, pixels: Tensor, what: str) -> None:
         height, width = pixels.shape[-2:]

@@ -15,18 +15,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluda_cli import console
 from cluda_cli.data.labels import ClassTable
 from cluda_cli.errors import DataError
 from cluda_cli.files import write_json
 
-FORMAT = 1
+FORMAT = 2  # 1: images were not turned upright
+Stamp = tuple[int, int, int, int]
+"""Size, bytes, and time of change, ns, of an image, then of its train-id map (0 without one)."""
 RENDERED = ("gta", "synthia")
 PHOTOGRAPHED = ("cityscapes", "camvid", "acdc", "dark-zurich")
 PUBLISHED_NAMES = RENDERED + PHOTOGRAPHED
 """Datasets that `cluda prepare` knows; `preparation/published.py` says where each keeps its files."""
 DEMO_NAMES = ("demo-render", "demo-camera")
 """Source and target that `cluda prepare demo` makes."""
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif"})
 """Lower-case suffixes of files that are taken for images."""
 
 
@@ -39,9 +42,11 @@ class Item:
     label: str | None
     """Path of the train-id map relative to the prepared folder."""
     size: tuple[int, int]
-    """Height and width of the image, pixels."""
+    """Height and width of the upright image, pixels."""
     pixels: dict[int, int] = field(default_factory=dict)
     """Train id -> number of pixels in the label at original size, without absent classes."""
+    stamp: Stamp | None = field(default=None, compare=False)
+    """The files at the time of `cluda prepare`, by which changed ones are noticed; None: not recorded."""
 
 
 @dataclass(frozen=True)
@@ -89,41 +94,102 @@ class Index:
     @property
     def fingerprint(self) -> str:
         """Hash of names, sizes, class table and class statistics. It does not depend on the folder."""
-        content = json.dumps([self.classes.to_json(), _splits_to_json(self.splits), self.margins], sort_keys=True)
+        rows = {name: [_to_row(item) for item in items] for name, items in self.splits.items()}
+        content = json.dumps([self.classes.to_json(), rows, self.margins], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def save(self) -> None:
-        """Write index.json atomically; paths are stored relative to it, so that a data root can move."""
+        """Write index.json atomically."""
         write_json(self.folder / "index.json", {
             "format": FORMAT,
             "name": self.name,
-            "root": Path(os.path.relpath(self.root, self.folder)).as_posix(),
+            "roots": _find_ways(self.root, self.folder),
             "fingerprint": self.fingerprint,
             "classes": self.classes.to_json(),
             "margins": list(self.margins),
-            "splits": _splits_to_json(self.splits),
+            "splits": {name: [[*_to_row(i), i.stamp] for i in items] for name, items in self.splits.items()},
         }, indent=None)  # fmt: skip
 
     @staticmethod
     def load(folder: Path) -> "Index":
-        """Read a prepared folder. Raises DataError if it is missing, broken or of another format."""
-        path = folder / "index.json"
+        """Read a prepared folder. Raises DataError if it is missing, damaged or of another format."""
+        from cluda_cli.data.stored import IndexFile, IndexHead, read_stored
+
+        path, remedy = folder / "index.json", f"run `{_name_command(folder)}` again"
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["format"] != FORMAT:
-                raise DataError(
-                    f"index format {content['format']}, expected {FORMAT}", path, "run `cluda prepare` again"
-                )
-            return Index(
-                name=content["name"],
-                folder=folder,
-                root=Path(os.path.normpath(folder / content["root"])),
-                classes=ClassTable.from_json(content["classes"]),
-                splits={name: tuple(map(_item_from_json, rows)) for name, rows in content["splits"].items()},
-                margins=(*content["margins"],),
+            version = read_stored(path, IndexHead).format
+            if version != FORMAT:
+                what = "an earlier" if version < FORMAT else "a later"
+                raise DataError(f"made by {what} version of cluda (format {version}, not {FORMAT})", path, remedy)
+            stored = read_stored(path, IndexFile)
+            splits = {name: tuple(Item(*row) for row in rows) for name, rows in stored.splits.items()}
+            classes = ClassTable.from_json(stored.classes)
+        except (OSError, ValueError) as error:
+            raise DataError(f"not a readable index ({error})", path, remedy) from error
+        first = next((items[0].image for items in splits.values() if items), "")
+        root = _find_root(stored.roots, folder, first)
+        index = Index(stored.name, folder, root, classes, splits, stored.margins)
+        if index.fingerprint != stored.fingerprint:
+            raise DataError("damaged: its content does not fit its fingerprint", path, remedy)
+        return index
+
+    def check_files(self) -> None:
+        """Compare sizes and times of all images and train-id maps with those at the time of `cluda prepare`.
+
+        Reads no file. Raises DataError if one is missing or has another size; warns if only times differ, as after a
+        copy.
+        """
+        changed, retimed = [], 0
+        for item in (item for items in self.splits.values() for item in items):
+            stamp = item.stamp or (0, 0, 0, 0)
+            files = [(self.image_path(item), stamp[:2])] + ([(self.label_path(item), stamp[2:])] if item.label else [])
+            for path, then in files if item.stamp else ():
+                now = read_stamp(path)
+                if now[0] != then[0]:
+                    changed.append(f"{path} ({then[0]} bytes then, {now[0]} now)")
+                elif now != then:
+                    retimed += 1
+        if changed:
+            what = f"{len(changed)} files changed since `cluda prepare`, such as {changed[0]}"
+            raise DataError(what, self.folder, f"run `{_name_command(self.folder)}` again")
+        if retimed:
+            console.warn(
+                f"{self.name}: {retimed} files have another time than at `cluda prepare` and the same size: copied, or "
+                f"changed? `{_name_command(self.folder)}` compares them"
             )
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise DataError(f"not a readable index ({error})", path, "run `cluda prepare` again") from error
+
+
+def read_stamp(path: Path) -> tuple[int, int]:
+    """Size, bytes, and time of change, ns, of a file; zeros for a missing file."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+def _find_ways(root: Path, folder: Path) -> list[str]:
+    """Ways from the prepared folder to the raw one, of which one is right after folders were moved, copied or linked:
+    relative as the paths are written, relative without links, absolute.
+    """
+    real = os.path.realpath(root)
+    ways = os.path.relpath(root, folder), os.path.relpath(real, os.path.realpath(folder)), real
+    return list(dict.fromkeys(Path(way).as_posix() for way in ways))
+
+
+def _find_root(ways: Sequence[str], folder: Path, image: str) -> Path:
+    """The first of these ways that leads to the image, else the first."""
+    places = [Path(os.path.normpath(base / way)) for way in ways for base in (folder, Path(os.path.realpath(folder)))]
+    return next((place for place in places if os.path.exists(place / image)), places[0])
+
+
+def _name_command(folder: Path) -> str:
+    """The command that prepares a folder again."""
+    name, prepared = folder.name, folder.parent
+    if prepared.name != "prepared":
+        return "cluda prepare` or `cluda pseudo-label"
+    what = "demo" if name in DEMO_NAMES else name if name in PUBLISHED_NAMES else "DESCRIPTION.toml"
+    return f"cluda prepare {what} --data-root {shlex.quote(str(prepared.parent))}"
 
 
 def find(name: str, data_root: Path) -> Index:
@@ -135,8 +201,7 @@ def find(name: str, data_root: Path) -> Index:
         if (folder / "index.json").is_file():
             return Index.load(folder)
     known = sorted(path.parent.name for path in (data_root / "prepared").glob("*/index.json"))
-    what = "demo" if name in DEMO_NAMES else name if name in PUBLISHED_NAMES else "DESCRIPTION.toml"
-    remedy = f"run `cluda prepare {what} --data-root {shlex.quote(str(data_root))}`"
+    remedy = f"run `{_name_command(data_root / 'prepared' / name)}`"
     if known:
         remedy += f"; prepared: {', '.join(known)}"
     raise DataError(f'dataset "{name}" is not prepared', data_root / "prepared", remedy)
@@ -150,6 +215,23 @@ def joint_classes(sources: Sequence[Index]) -> ClassTable:
     return classes
 
 
+def class_frequencies(sources: Sequence[Index], shares: Sequence[float] | None = None) -> list[float]:
+    """Share of each joint class, by train id, in the labelled pixels of the train splits.
+
+    `shares` are those of the sources' images; None: in proportion to their number. Without any labelled pixel all
+    classes are alike.
+    """
+    joint = joint_classes(sources)
+    frequencies = [0.0] * len(joint)
+    for position, source in enumerate(sources):
+        pixels, images = source.class_pixels("train"), len(source.labelled("train"))
+        share = (shares[position] if shares else images) / max(images, 1)
+        for name, count in zip(source.classes.names, pixels, strict=True):
+            frequencies[joint.names.index(name)] += share * count
+    total = sum(frequencies)
+    return [frequency / total if total else 1 / len(joint) for frequency in frequencies]
+
+
 def seen_classes(sources: Sequence[Index], split: str = "train") -> tuple[str, ...]:
     """Names of the joint classes that occur in the labels of a split of any source."""
     found = {
@@ -161,14 +243,6 @@ def seen_classes(sources: Sequence[Index], split: str = "train") -> tuple[str, .
     return tuple(name for name in joint_classes(sources).names if name in found)
 
 
-def _splits_to_json(splits: dict[str, tuple[Item, ...]]) -> dict[str, list[list[Any]]]:
-    """Items as rows [image, label, [height, width], {train id: pixels}]. 25 000 rows take a few megabytes."""
-    return {
-        name: [[i.image, i.label, list(i.size), {str(k): v for k, v in i.pixels.items()}] for i in items]
-        for name, items in splits.items()
-    }
-
-
-def _item_from_json(row: Sequence[Any]) -> Item:
-    image, label, size, pixels = row
-    return Item(image, label, (size[0], size[1]), {int(k): v for k, v in pixels.items()})
+def _to_row(item: Item) -> list[Any]:
+    """[image, label, [height, width], {train id: pixels}]. 25 000 rows take a few megabytes."""
+    return [item.image, item.label, list(item.size), {str(k): v for k, v in item.pixels.items()}]

@@ -4,7 +4,7 @@ Two kinds of ids: a *label id* is what a publisher's label file stores, a *train
 network's output, 0..K-1, with IGNORE for pixels that are neither trained on nor scored.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,11 +130,11 @@ class ClassTable:
         ]
 
     @staticmethod
-    def from_json(rows: Sequence[dict[str, Any]]) -> "ClassTable":
-        return ClassTable(tuple(
-            LabelClass(r["name"], (r["color"][0], r["color"][1], r["color"][2]), r["label_id"], r.get("thing", False))
-            for r in rows
-        ))  # fmt: skip
+    def from_json(rows: Any) -> "ClassTable":
+        """The table from such rows. Raises ValueError that names the first wrong value."""
+        from cluda_cli.data.stored import read_classes
+
+        return ClassTable(read_classes(rows))
 
 
 def build_id_table(pairs: Iterable[tuple[int, int]]) -> list[int]:

@@ -4,11 +4,9 @@ Batch number t is a function of (seed, t, law) alone: any process can make it, i
 """
 
 import multiprocessing
-import multiprocessing.connection
-import os
 import signal
 import sys
-import threading
+import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
 
 import numpy as np
@@ -19,6 +17,8 @@ from cluda_cli import settings
 from cluda_cli.data.batch import Batch, Crops
 from cluda_cli.data.draws import Draw, Law, Sources, TargetImages
 from cluda_cli.data.index import Index, joint_classes
+from cluda_cli.distributed.children import STOP_SIGNALS, end_with_parent, kill_children
+from cluda_cli.distributed.place import usable_cores
 from cluda_cli.errors import CludaError, EnvironmentProblem
 from cluda_cli.seeds import derive_seed
 
@@ -92,11 +92,6 @@ class Steps(Dataset["Batch | CludaError"]):
         return np.random.default_rng(derive_seed(self.seed, name, step, position))
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _iterate(loader: "DataLoader[Batch | CludaError]") -> Generator[Batch, None, None]:
     """Pass batches on and raise what the loader processes report."""
     try:
@@ -110,6 +105,10 @@ def _iterate(loader: "DataLoader[Batch | CludaError]") -> Generator[Batch, None,
         died = str(error).startswith("DataLoader worker") or not isinstance(error, RuntimeError)
         if not loader.num_workers or not died or "in DataLoader worker" in str(error):
             raise
+        if "path too long" in str(error):  # of the sockets between the processes
+            what = "is too long a path for the sockets of loader processes"
+            raise EnvironmentProblem(what, tempfile.gettempdir(), "set TMPDIR to a short path, such as /tmp") from error
+        kill_children()  # the others would wait for more requests, and this process for their end
         raise EnvironmentProblem(
             "a loader process ended unexpectedly", "data.workers", "memory may be short: lower data.workers, or set 0"
         ) from error
@@ -128,16 +127,9 @@ def _start_worker(_: int) -> None:
     """Leave stopping to the training process, which saves first and then ends its loaders.
 
     Ctrl-C and a scheduler's SIGTERM reach all processes at once; a second SIGTERM comes from the training process. When
-    that process is killed, its loaders end by themselves.
+    that process is killed, its loaders end by themselves: the loader's own watch sees only the server that forks.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Wait for the end of the training process; the loader's own watch sees only the server that forks."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
+    end_with_parent()

@@ -4,41 +4,26 @@ Resizing follows OpenCV, as the published results do: INTER_LINEAR for images (h
 antialiasing) and INTER_NEAREST for labels. Both can compute a region of the resized frame and read only its pixels.
 """
 
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from cluda_cli.data.image_files import load_image, read_pixels
 from cluda_cli.errors import DataError
 
 BAND = 32  # rows resized at once: their float32 copies stay in a CPU's cache
 
 
 def read_image(path: Path) -> Tensor:
-    """Decode an image of any mode to uint8 3 H W, RGB; alpha is dropped.
+    """Decode a picture of any mode to uint8 3 H W, RGB, upright; alpha is dropped. `image_files` has the rules.
 
-    The pixel grid stays as stored (no EXIF rotation), because masks are stored on the same grid. Channels are last in
-    memory, as files store them; resizing reads that fastest.
-    Raises DataError if the file is missing, broken or holds floating-point pixels.
+    Channels are last in memory, as files store them; resizing reads that fastest.
+    Raises DataError if the file is missing, broken, no image, or has more than 8 bits per channel.
     """
-    image = _decode(path)
-    if image.mode == "F":
-        raise DataError("floating-point pixels, whose range is unknown", path, "store the image with 8 bits")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        # Of 16-bit colour, Pillow itself keeps the high byte.
-        grey = (np.clip(np.asarray(image).astype(np.int32), 0, 65535) >> 8).astype(np.uint8)  # H W
-        pixels = np.repeat(grey[:, :, None], 3, axis=2)  # H W 3
-    else:
-        image.info.pop("transparency", None)  # keep the colour of transparent pixels
-        try:
-            pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))  # H W 3
-        except ValueError as error:
-            raise DataError(f"cannot be read as RGB: {error}", path, "store it as RGB") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return torch.from_numpy(read_pixels(path)).permute(2, 0, 1)
 
 
 def read_label(path: Path) -> Tensor:
@@ -46,7 +31,7 @@ def read_label(path: Path) -> Tensor:
 
     Raises DataError if the file is missing, broken or has more than one 8-bit channel.
     """
-    image = _decode(path)
+    image = load_image(path)
     if image.mode not in {"L", "P", "1"}:
         raise DataError(f"a label has one 8-bit channel, this has mode {image.mode}", path, "run `cluda prepare` again")
     return torch.from_numpy(np.array(image, dtype=np.uint8))
@@ -96,20 +81,6 @@ def resize_label_region(label: Tensor, size: tuple[int, int], top: int, left: in
     y = _find_nearest(label.shape[0], size[0], top, height)
     x = _find_nearest(label.shape[1], size[1], left, width)
     return torch.from_numpy(label.numpy()[y][:, x])
-
-
-def _decode(path: Path) -> Image.Image:
-    """Open and decode an image. Raises DataError for any error of the decoder."""
-    try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")  # about large or untidy files
-            image.load()
-            return image
-    except UnidentifiedImageError as error:
-        raise DataError("not an image, or of an unknown format", path) from error
-    except Exception as error:  # decoders of broken files raise nearly anything
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise DataError(f"cannot be read: {reason}", path) from error
 
 
 def _take_rows(pixels: NDArray[np.uint8], index: NDArray[np.int64]) -> NDArray[np.float32]:

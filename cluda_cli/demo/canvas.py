@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-HEIGHT, WIDTH = 192, 288
+HEIGHT, WIDTH = 288, 432
 FINE = 2  # the canvas is this much finer than the image, which smooths outlines
 _NEAR = 0.4  # metres; nearer parts of polygons are cut off
 SKY_DISTANCE = 2000.0

@@ -7,6 +7,8 @@ of the gradients is its gradient.
 A single process never touches torch.distributed: a sum, a mean or gathered rows are then the argument itself.
 """
 
+import pickle
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -18,7 +20,7 @@ from torch.autograd.function import FunctionCtx
 
 from cluda_cli import console
 from cluda_cli.distributed.place import Place, read_place
-from cluda_cli.errors import CludaError, EnvironmentProblem, RunError, SettingsError, first_line
+from cluda_cli.errors import CludaError, EnvironmentProblem, SettingsError, first_line
 
 ALONE = Place(rank=0, local_rank=0, world_size=1, prints=True)
 BUCKET = 2**24
@@ -201,7 +203,11 @@ def any_rank(flag: bool) -> bool:
 
 @contextmanager
 def fail_together() -> Iterator[None]:
-    """Raise on all ranks the error that the block raises on one of them; all ranks must enter and leave the block."""
+    """Raise on all ranks the error that the block raises on one of them, that of the lowest rank if several fail.
+
+    All ranks must enter and leave the block. The other ranks get a copy with the traceback of the rank that failed, so
+    the class of the error, its message and its exit code are those that one process would give.
+    """
     if world_size() == 1:
         yield
         return
@@ -214,11 +220,21 @@ def fail_together() -> Iterator[None]:
         problem = error
     if not any_rank(problem is not None):
         return
-    own = problem if isinstance(problem, CludaError) or problem is None else RunError(first_line(problem))
-    problems: list[CludaError | None] = [None] * world_size()
+    copies: list[Exception | None] = [None] * world_size()
     with _raise_rank_lost():
-        dist.all_gather_object(problems, own)
-    raise problem or next(p for p in problems if p is not None)
+        dist.all_gather_object(copies, problem and _copy_for_other_ranks(problem))
+    failed, copy = next((r, error) for r, error in enumerate(copies) if error is not None)
+    raise problem if problem is not None and failed == rank() else copy
+
+
+def _copy_for_other_ranks(problem: Exception) -> Exception:
+    """The error with its traceback as a note; a RuntimeError with its first line if it cannot be pickled."""
+    try:
+        copy: Exception = pickle.loads(pickle.dumps(problem))
+    except Exception:  # the constructor of the error decides what goes wrong
+        copy = RuntimeError(first_line(problem))
+    copy.add_note(f"It was raised by rank {rank()}:\n" + "".join(traceback.format_exception(problem)))
+    return copy
 
 
 def convert_batch_norms(module: nn.Module, device: torch.device) -> None:

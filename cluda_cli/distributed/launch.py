@@ -16,24 +16,25 @@ from types import FrameType
 
 from torch.multiprocessing import ProcessContext, ProcessExitedException, start_processes
 
+from cluda_cli.distributed.children import STOP_SIGNALS, heeded_signals
+from cluda_cli.distributed.place import usable_cores
 from cluda_cli.errors import EnvironmentProblem
 
 GRACE = 60.0
 """Seconds that the other ranks have to end by themselves once one has failed, because rank 0 may be saving."""
-HASTE = 5.0
-"""Seconds that the ranks have to end after the second Ctrl-C."""
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SHORT_GRACE = 5.0
+"""Seconds that the ranks have to end by themselves after the second Ctrl-C."""
 
 
 def launch(count: int, command: Callable[[], None]) -> int:
     """Run `command`, which can be pickled, in `count` processes of this machine; return their common exit code.
 
-    Ctrl-C and SIGTERM are passed on to all ranks. Raises EnvironmentProblem if a rank is killed.
+    Ctrl-C and other requests to stop are passed on to all ranks. Raises EnvironmentProblem if a rank is killed.
     """
     os.environ.update(
         WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
     )
-    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // count, 1)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(usable_cores() // count, 1)))
     requests: list[int] = []
 
     def pass_on(number: int, _: FrameType | None) -> None:
@@ -45,23 +46,23 @@ def launch(count: int, command: Callable[[], None]) -> int:
             raise KeyboardInterrupt
 
     resource_tracker.ensure_running()  # it unblocks signals when it starts
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the ranks inherit this until they can handle a signal
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the ranks inherit this until they can handle a signal
     context = start_processes(_run_rank, (command,), count, join=False)
-    for number in SIGNALS:
+    for number in heeded_signals():
         signal.signal(number, pass_on)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     _join(context)
     return _exit_code([process.exitcode or 0 for process in context.processes], stopped=bool(requests))
 
 
 def _run_rank(rank: int, command: Callable[[], None]) -> None:
-    """What each process does. It prints its own traceback: torch keeps only that of the rank that ends first."""
+    """Run the command as one rank. It prints its own traceback: torch keeps only that of the rank that ends first."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     launcher = parent_process()
     if launcher and not launcher.is_alive():  # it died before torch asked the kernel for a SIGINT at its death
         sys.exit(1)
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         command()
     except KeyboardInterrupt:
         sys.exit(130)
@@ -76,9 +77,9 @@ def _join(context: ProcessContext) -> None:
         while not context.join(grace_period=GRACE):
             pass
     except ProcessExitedException:
-        pass  # the exit codes tell more than the first one that torch met
+        pass  # torch reports the first exit code only; `launch` compares all of them
     except KeyboardInterrupt:
-        deadline = time.monotonic() + HASTE
+        deadline = time.monotonic() + SHORT_GRACE
         for process in context.processes:
             process.join(max(deadline - time.monotonic(), 0))
             process.kill()

@@ -1,4 +1,4 @@
-"""Which rank of how many processes this one is, as torchrun and `--devices` tell it. Imports no torch."""
+"""Where this process runs: which rank of how many it is, and on how many cores. Imports no torch."""
 
 import os
 from dataclasses import dataclass
@@ -25,3 +25,8 @@ def read_place() -> Place | None:
         return None
     rank, local_rank, world_size = (int(os.environ[name]) for name in names[:3])
     return Place(rank, local_rank, world_size, prints=rank == 0 and parent_process() is None)
+
+
+def usable_cores() -> int:
+    """Number of cores that this process may run on, at least 1; a scheduler may allow fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

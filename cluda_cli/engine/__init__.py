@@ -1,1 +1,1 @@
-"""What runs the networks: the training step and its state, checkpoints, inference, metrics."""
+"""Training: the step, the state of a run, and the folder that keeps it."""

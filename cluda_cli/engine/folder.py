@@ -1,8 +1,6 @@
-"""The folder of a run: what lies in it, when each file appears, and what a resumed run takes from it.
+"""The folder of a run: its files, when each appears, and what a resumed run reads. All ranks read; rank 0 writes.
 
-Of several processes all read, and the first one writes.
-
-settings.json      resolved settings, a valid preset        manifest.json      versions, data, hashes
+settings.json      resolved settings, a valid preset        manifest.json      versions, data, hashes, settings
 metrics.jsonl      a line per log and per validation        pictures/          what steps saw
 best.safetensors   weights with the best validation         last.safetensors   weights of the last save
 resume/state.pt    everything from which the run goes on
@@ -14,6 +12,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ from cluda_cli.distributed import collectives
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.sharding import gather_model_state
 from cluda_cli.engine.state_file import load_state, save_state
-from cluda_cli.errors import DataError, SettingsError
-from cluda_cli.files import remove_temporaries, write_json, write_text
+from cluda_cli.errors import DataError, SettingsError, first_line
+from cluda_cli.files import is_vacant, locked, naming, write_json, write_text
 from cluda_cli.inference.weights_file import NetworkDescription, save_weights
 
 
@@ -43,24 +42,30 @@ class RunFolder:
         self.best, self.last = path / "best.safetensors", path / "last.safetensors"
         self.state, self.pictures = path / "resume" / "state.pt", path / "pictures"
 
+    def hold(self) -> AbstractContextManager[None]:
+        """Keep other processes out of the folder; of the processes of a run, the first one does."""
+        return nullcontext() if collectives.rank() else locked(self.path, "name another folder with --run")
+
     def refuse_taken(self, overwrite: bool) -> None:
         """Raises SettingsError if a new run would disturb an old one, or something that is not a run."""
         if self.settings.exists():
             if not overwrite:
                 remedy = "go on with --resume, replace it with --overwrite, or name another folder with --run"
                 raise SettingsError("this run exists", self.path, remedy)
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif not is_vacant(self.path):
             raise SettingsError("exists and is not a run", self.path, "name another folder with --run")
 
     def begin(self, run: Run, sources: Sequence[Index], target: Index) -> None:
-        """Make the folder that of a new run, with a state from which a run killed early resumes too."""
+        """Make the folder that of a new run, with a state from which a run killed early resumes too.
+
+        The settings come first: a folder that has them is a run, and --overwrite replaces it.
+        """
         state = run.state_dict()
         if collectives.rank():
             return
-        for leftover in [self.metrics, self.best, self.last, self.state, *self.pictures.glob("*.png")]:
+        for leftover in [self.state, self.metrics, self.best, self.last, *self.pictures.glob("*.png")]:
             leftover.unlink(missing_ok=True)
-        write_json(self.manifest, _manifest(run, sources, target))
-        self._settle(run)
+        self._keep_settings(run, _manifest(run, sources, target))
         save_state(self.state, state)
 
     def resume(self, run: Run, sources: Sequence[Index], target: Index) -> None:
@@ -70,11 +75,10 @@ class RunFolder:
         """
         try:
             began = json.loads(self.manifest.read_text(encoding="utf-8"))
-            used = [(data["name"], data["fingerprint"]) for data in (*began["sources"], began["target"])]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"cannot be read ({error})", self.manifest, "start the run again with --overwrite"
-            ) from error
+            used = [(str(data["name"]), data["fingerprint"]) for data in (*began["sources"], began["target"])]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            what = f"cannot be read ({first_line(error)})"
+            raise DataError(what, self.manifest, "start the run again with --overwrite") from error
         if [index.name for index in (*sources, target)] != [name for name, _ in used]:
             what = f"the run began with other datasets: {', '.join(name for name, _ in used)}"
             raise DataError(what, self.manifest, "start a new run with --run")
@@ -91,15 +95,14 @@ class RunFolder:
         if collectives.rank():
             return
         if self.metrics.is_file():  # what was written after the saved state will be written again
-            lines = [line for line in self.metrics.read_text(encoding="utf-8").splitlines() if _belongs(line, run)]
-            write_text(self.metrics, "".join(line + "\n" for line in lines))
-        self._settle(run)
+            lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+            write_text(self.metrics, "".join(line + "\n" for line in lines if _belongs(line, run)))
+        self._keep_settings(run, began)
 
-    def _settle(self, run: Run) -> None:
-        """What a new and a resumed run do alike: clear what a kill left behind, keep the settings in force."""
-        remove_temporaries(self.path)
-        remove_temporaries(self.state.parent)
+    def _keep_settings(self, run: Run, manifest: dict[str, Any]) -> None:
+        """Write the settings in force; the manifest has them too, so that a later edit of the file is noticed."""
         write_text(self.settings, run.settings.model_dump_json(indent=2) + "\n")
+        write_json(self.manifest, manifest | {"settings": run.settings.model_dump(mode="json")})
 
     def save(self, run: Run) -> None:
         """Last weights and resumable state; the state comes last, because the weights follow from it."""
@@ -121,10 +124,10 @@ class RunFolder:
             save_weights(path, state, described, normalisation=run.evaluated.normalisation)
 
     def log(self, line: dict[str, Any]) -> None:
-        """Append a line to the metrics; NaN becomes null, which every JSON reader accepts."""
+        """Append a line to the metrics."""
         if collectives.rank():
             return
-        with self.metrics.open("a", encoding="utf-8") as file:
+        with naming(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(line)) + "\n")
 
 
@@ -140,12 +143,12 @@ def _belongs(line: str, run: Run) -> bool:
     try:
         content = json.loads(line)
         return bool(content["step"] <= (run.validated if "miou" in content else run.step))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
 def _manifest(run: Run, sources: Sequence[Index], target: Index) -> dict[str, Any]:
-    """What one needs to know to repeat the run."""
+    """What is needed to repeat the run: versions, commit, device, weights, datasets, classes."""
     gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None
     versions = {"cluda": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
     versions |= {"torchvision": str(torchvision.__version__), "timm": timm.__version__}

@@ -22,8 +22,8 @@ def write_pictures(path: Path, run: Run, batch: Batch, views: Sequence[View]) ->
     """One PNG, a row per image: source, its label, target, pseudo-label, mixed, its label, masked, prediction.
 
     The prediction is the student's on the target. White frames show where a student of two resolutions looked closely,
-    unless it chose the place itself. Columns of views that the step did not make are left out. Nothing of the run
-    changes. Of several processes the first one shows its images.
+    unless it chose the place itself. Columns of views that the step did not make are left out. The state of the run
+    does not change. Rank 0 alone writes, and shows its own images.
     """
     colors = torch.tensor(run.classes.palette(), dtype=torch.uint8).view(256, 3)
     rows = []

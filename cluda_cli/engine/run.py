@@ -1,13 +1,15 @@
 """All state of a run in one object: what changes during training is here, and what is here is saved."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cluda_cli.adaptation.class_balance import class_weights
 from cluda_cli.adaptation.teacher import Teacher
-from cluda_cli.data.index import Index, joint_classes, seen_classes
+from cluda_cli.data.index import Index, class_frequencies, joint_classes, seen_classes
 from cluda_cli.distributed import collectives
 from cluda_cli.engine.optim import build_optimizer
 from cluda_cli.engine.sharding import (
@@ -22,6 +24,7 @@ from cluda_cli.errors import SettingsError, first_line
 from cluda_cli.models.boxes import Boxes
 from cluda_cli.models.encoders import LoadReport, load_pretrained
 from cluda_cli.models.multires import build_segmenter
+from cluda_cli.models.normalisation import Normalisation
 from cluda_cli.models.segmenter import Output, Segmenter
 from cluda_cli.objectives import build_makers, build_objectives
 from cluda_cli.seeds import derive_seed
@@ -44,8 +47,10 @@ class Run:
     ) -> None:
         self.settings, self.device = settings, device
         self.classes, self.seen = joint_classes(sources), seen_classes(sources)
+        balance = settings.data.class_balance
+        weights = balance and class_weights(class_frequencies(sources, settings.data.source_shares), balance.exponent)
         self.start: str | None = None
-        """What `model.start` did, for the user."""
+        """One line for the user that says what `model.start` did; None without it."""
         with torch.random.fork_rng(devices=[]):  # layers initialise themselves from the global generator
             torch.manual_seed(derive_seed(settings.training.seed, "initialise"))
             self.student = build_segmenter(settings.model, settings.data.crop, len(self.classes))
@@ -53,7 +58,7 @@ class Run:
             if device.type == "cuda" and settings.training.precision == "bfloat16" and not settings.training.shard:
                 # Tensor cores read channels last; the teacher and the frozen copy inherit it. FSDP2 refuses it.
                 self.student.encoder.to(memory_format=torch.channels_last)
-            self.objectives = build_objectives(settings.objectives, self.student, self.classes)
+            self.objectives = build_objectives(settings.objectives, self.student, self.classes, weights)
         self.makers = build_makers(settings, self.objectives)
         if settings.model.start and not resumed:
             self.start = start_from(Path(settings.model.start), self.student, self.classes)
@@ -66,7 +71,8 @@ class Run:
         self.forward: Callable[[torch.Tensor, Boxes | None], Output] = (
             torch.compile(self.student) if compiled else self.student
         )
-        self.teacher = Teacher(self.student, settings.teacher)
+        corrected = balance and balance.correct_pseudo_labels
+        self.teacher = Teacher(self.student, settings.teacher, weights.to(device) if corrected else None)
         sharded = settings.training.shard and collectives.world_size() > 1
         if sharded:
             shard((self.student, self.teacher.network), self.objectives, device)
@@ -125,6 +131,7 @@ class Run:
             "teacher": gather_model_state(self.teacher),
             "objectives": gather_model_state(self.objectives),
             "optimizer": gather_optimizer_state(self.optimizer),
+            "normalisation": asdict(self.student.normalisation),
             "step": self.step,
             "validated": self.validated,
             "best": self.best,
@@ -136,16 +143,30 @@ class Run:
             for name, module in (("student", self.student), ("teacher", self.teacher), ("objectives", self.objectives)):
                 module.load_state_dict(scatter_model_state(state[name], module))
             self._load_optimizer(state["optimizer"])
-            self.step, self.validated, self.best = state["step"], state["validated"], state["best"]
-        except (RuntimeError, KeyError, ValueError) as error:
-            detail = str(error).strip().splitlines()[-1].strip()[:160]  # torch's first line is a heading
+            if "normalisation" in state:  # absent from runs that began before it was saved
+                for network in (self.student, self.teacher.network):
+                    network.encoder.normalisation = Normalisation(**state["normalisation"])
+            self.step, self.validated = _as_count(state["step"]), _as_count(state["validated"])
+            best = state["best"]
+            self.best = best and {"miou": float(best["miou"]), "step": _as_count(best["step"])}
+        except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
+            detail = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()[:160]  # the first: a heading
             remedy = "resume with the network and objectives that the run began with"
             raise SettingsError(f"saved state does not fit the settings ({detail})", "--resume", remedy) from error
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
-        """Moments from the state; rates and decay from the settings, which may have changed on resume, and the
-        implementation from the device, which may be another one."""
+        """Load the moments. Rates and weight decay stay those of the settings, and the implementation (`fused`) that of
+        the device, because both may differ from those of the saved run."""
         keys = ("base_lr", "weight_decay", "fused")
         own = [{key: group[key] for key in keys} for group in self.optimizer.param_groups]
+        if len(own) != len(state["param_groups"]):
+            counts = f"{len(state['param_groups'])} groups of parameters, {len(own)} by the settings"
+            raise ValueError(f"{counts}; optimizer.layer_decay and model.freeze decide how many")
         groups = [group | values for group, values in zip(state["param_groups"], own, strict=True)]
         self.optimizer.load_state_dict(scatter_optimizer_state(state | {"param_groups": groups}, self.optimizer))
+
+
+def _as_count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError("step or validated is no number of steps")
+    return value

@@ -5,6 +5,7 @@ group alive at a time; micro-batches do the same within a group. With several ra
 are averaged once, after the last one (docs/decisions/0009-several-devices.md).
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -28,12 +29,14 @@ Group = tuple[str, ...]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step has to tell."""
+    """What one step gives to the log and the pictures."""
 
     terms: dict[str, Tensor]
     """"view/objective" -> unweighted value over all ranks, a detached scalar on the device; views joined by "+"."""
     views: list[View]
     """What the student saw, for pictures."""
+    loss: float
+    """Weighted sum of the terms; it is read together with the norm of the gradient, so that nothing else waits."""
 
 
 def training_step(run: Run, batch: Batch) -> StepResult:
@@ -57,8 +60,10 @@ def training_step(run: Run, batch: Batch) -> StepResult:
         views += made
     gradients = [p.grad for group in run.optimizer.param_groups for p in group["params"] if p.grad is not None]
     collectives.average_gradients(unsharded_only(gradients))
-    terms = dict(zip(terms, collectives.all_reduce_mean(torch.stack(list(terms.values()))).unbind(), strict=True))
-    _require_finite(step, terms, gradients)
+    values = collectives.all_reduce_mean(torch.stack(list(terms.values())))
+    terms = dict(zip(terms, values.unbind(), strict=True))
+    measured = _require_finite(step, terms, values, gradients)
+    loss = sum(objectives[name.split("/")[1]].settings.weight * value for name, value in measured.items())
     with span("optimizer"):
         set_learning_rate(run.optimizer, run.settings.optimizer, step, run.settings.training.steps)
         run.optimizer.step()
@@ -68,7 +73,7 @@ def training_step(run: Run, batch: Batch) -> StepResult:
     for objective in (o for o in objectives.values() if o.updates):
         with span("update"), _precision(run), torch.no_grad():
             objective.update(scene, seen)
-    return StepResult(terms, views)
+    return StepResult(terms, views, loss)
 
 
 def join_groups(objectives: Iterable[Objective], order: Sequence[str]) -> list[Group]:
@@ -84,7 +89,7 @@ def join_groups(objectives: Iterable[Objective], order: Sequence[str]) -> list[G
 def _make_view(run: Run, name: str, scene: Scene, objectives: Iterable[Objective]) -> View:
     """A view, as its maker and the objectives that edit it want it; the teacher has the precision of the student."""
     with span("views"), _precision(run):
-        view = replace(run.makers[name](scene), name=name)
+        view = replace(run.makers[name](scene), name=name, seed=torch.tensor(scene.seeds(f"objectives {name}")))
         for objective in objectives:
             view = objective.edit(view, scene)
     return view
@@ -141,12 +146,15 @@ def _measure(
     return values
 
 
-def _require_finite(step: int, terms: Mapping[str, Tensor], gradients: Sequence[Tensor]) -> None:
-    """Raise RunError that names what is not finite: a broken term breaks the norm of the gradient."""
+def _require_finite(
+    step: int, terms: Mapping[str, Tensor], values: Tensor, gradients: Sequence[Tensor]
+) -> dict[str, float]:
+    """The terms as numbers. Raises RunError that names what is not finite: a broken term breaks the norm."""
     norm = gather_tensor(torch.nn.utils.get_total_norm(gradients))
-    if bool(norm.isfinite()):
-        return
-    broken = [name for name, value in terms.items() if not bool(value.isfinite())] or ["the gradient"]
+    first, *numbers = torch.cat([norm.reshape(1).to(values), values]).tolist()
+    if math.isfinite(first):
+        return dict(zip(terms, numbers, strict=True))
+    broken = [name for name, value in zip(terms, numbers, strict=True) if not math.isfinite(value)] or ["the gradient"]
     remedy = "the last saved state is kept; look at the input, or resume with a lower optimizer.lr"
     raise RunError(f"{', '.join(broken)} is not finite in step {step}", "training", remedy)
 

@@ -1,6 +1,5 @@
 """Work that overlaps with the network: threads that read and write, and copies to and from a GPU. H W pixels."""
 
-import os
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -14,13 +13,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from cluda_cli.distributed.place import usable_cores
 from cluda_cli.files import atomic
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-THREADS = min(max(os.cpu_count() or 1, 4), 16)  # that read images before the network needs them, or write results
-PIXELS_AHEAD = 2**26  # of images that threads hold at a time; about 10 bytes each while one is decoded
+FEWEST_THREADS, MOST_THREADS = 4, 16
+"""Bounds of the number of threads that read images or write results; reading waits for the disk, so few cores do."""
+PIXELS_AHEAD = 2**26
+"""Pixels of images that threads hold at a time; about 10 bytes each while one is decoded."""
 
 
 def pin_memory(tensor: Tensor, device: torch.device) -> Tensor:
@@ -51,20 +53,21 @@ class HostCopy:
 def prefetch(
     function: Callable[[T], R], items: Iterable[T], count_pixels: Callable[[T], int] = lambda _: 0
 ) -> Iterator[R]:
-    """`map` in threads, a few items ahead. Results keep their order. An exception is raised at its item.
+    """`map` in threads, one for each usable core within bounds, as many items ahead as there are threads.
 
-    Items that are ahead have at most PIXELS_AHEAD pixels together, as `count_pixels` counts them. A larger one is
-    alone.
+    Results keep their order. An exception is raised at its item. Items that are ahead have at most PIXELS_AHEAD pixels
+    together, as `count_pixels` counts them. A larger one is alone.
     """
+    threads = min(max(usable_cores(), FEWEST_THREADS), MOST_THREADS)
     pending: deque[tuple[Future[R], int]] = deque()
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         try:
             for item in items:
                 pixels = count_pixels(item)
                 while pending and pixels + sum(ahead for _, ahead in pending) > PIXELS_AHEAD:
                     yield pending.popleft()[0].result()
                 pending.append((pool.submit(function, item), pixels))
-                if len(pending) > THREADS:
+                if len(pending) > threads:
                     yield pending.popleft()[0].result()
             while pending:
                 yield pending.popleft()[0].result()

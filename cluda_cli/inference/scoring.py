@@ -110,3 +110,6 @@ def compare_classes(dataset: ClassTable, network: ClassTable) -> None:
         console.warn(f"only the dataset has these classes, so the network can only err on them: {', '.join(unknown)}")
     if unscored:
         console.warn(f"only the network has these classes, so they are not scored: {', '.join(unscored)}")
+    if len(dataset) - len(unknown) == 1:
+        common = next(name for name in dataset.names if name in network.names)
+        console.warn(f"only {common} is scored: a network that predicts it everywhere would have an IoU of 100")

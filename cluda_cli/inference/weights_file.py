@@ -7,17 +7,19 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pydantic import BaseModel, Field, ValidationError
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from cluda_cli import __version__, presets
 from cluda_cli.data.labels import ClassTable
-from cluda_cli.errors import CludaError, DataError, EnvironmentProblem, first_line
+from cluda_cli.errors import DataError, first_line
 from cluda_cli.files import atomic
+from cluda_cli.inference.checksum import checksum
 from cluda_cli.models.multires import build_segmenter
 from cluda_cli.models.normalisation import IMAGENET, Normalisation
 from cluda_cli.models.segmenter import Segmenter
@@ -51,6 +53,39 @@ class TrainedNetwork(NetworkDescription):
     path: Path
 
 
+Byte = Annotated[int, Field(ge=0, le=255)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Class(BaseModel):
+    """A row of the class table."""
+
+    name: str
+    color: tuple[Byte, Byte, Byte]
+    label_id: int
+    thing: bool = False
+
+
+class _Preprocessing(BaseModel):
+    """Mean and standard deviation of red, green and blue, for pixels in 0..255."""
+
+    mean: tuple[Finite, Finite, Finite]
+    std: tuple[Positive, Positive, Positive]
+
+
+class _Description(BaseModel):
+    """The metadata of a weights file, as it is read."""
+
+    settings: dict[str, Any]
+    classes: Annotated[tuple[_Class, ...], Field(min_length=1, max_length=255)]
+    seen: tuple[str, ...]
+    network: str
+    step: Annotated[int, Field(ge=0)]
+    # Files without preprocessing are of networks that were trained with the values of ImageNet.
+    preprocessing: _Preprocessing = _Preprocessing(mean=IMAGENET.mean, std=IMAGENET.std)
+
+
 def save_weights(
     path: Path,
     state: Mapping[str, Tensor],
@@ -58,9 +93,9 @@ def save_weights(
     *,
     normalisation: Normalisation = IMAGENET,
 ) -> None:
-    """Write the state of a network, its description and its normalisation atomically.
+    """Write the state of a network, its description, its normalisation and a checksum of them atomically.
 
-    Raises EnvironmentProblem or OSError if the file cannot be written.
+    Raises OSError if the file cannot be written.
     """
     metadata = {
         "format": FORMAT,
@@ -73,51 +108,59 @@ def save_weights(
         "preprocessing": asdict(normalisation),
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    try:
-        with atomic(path) as temporary:
-            save_file(tensors, temporary, metadata={"cluda": json.dumps(metadata)})
-    except SafetensorError as error:
-        what = f"cannot be written ({first_line(error)})"
-        raise EnvironmentProblem(what, path, "check disk space and permissions") from error
+    text = json.dumps(metadata)
+    with atomic(path) as temporary:  # safetensors' own writer would make a temporary file of another name
+        temporary.write_bytes(save(tensors, {"cluda": text, "checksum": checksum([text, tensors])}))
 
 
 def load_weights(path: Path, device: torch.device) -> TrainedNetwork:
     """Read a weights file and put its network on a device.
 
-    Raises DataError if the file is missing, damaged, or not one that `save_weights` wrote.
+    Raises DataError if the file is missing, damaged, or not one that `save_weights` wrote, and if a weight is not
+    finite. Files of earlier versions have no checksum.
     """
     if not path.is_file():
         raise DataError("no such weights file", path, "give the best.safetensors or last.safetensors of a run")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = (file.metadata() or {}).get("cluda")
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-    except (SafetensorError, OSError, ValueError) as error:
-        raise DataError(f"not a readable safetensors file ({error})", path, "copy it again, or train again") from error
-    if metadata is None:
+    except Exception as error:  # safetensors and torch raise many kinds for damaged files
+        what = f"not a readable safetensors file ({first_line(error)})"
+        raise DataError(what, path, "copy it again, or train again") from error
+    text = metadata.get("cluda")
+    if text is None:
         raise DataError("holds no description of the network", path, "give weights that `cluda train` wrote")
+    if metadata.get("checksum", "") not in ("", checksum([text, tensors])):
+        what = "was damaged after it was written: its checksum is another"
+        raise DataError(what, path, "copy it again, or train again")
+    broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise DataError(f"holds weights that are not finite, such as {broken[0]}", path, "train again")
     try:
-        description = json.loads(metadata)
-        if description["format"] != FORMAT:
-            raise DataError(f"weights format {description['format']}, expected {FORMAT}", path, "use a newer cluda")
-        settings = presets.validate(_keep_for_inference(description["settings"]))
-        classes = ClassTable.from_json(description["classes"])
+        content = json.loads(text)
+        if content["format"] != FORMAT:
+            raise DataError(f"weights format {content['format']}, expected {FORMAT}", path, "use a newer cluda")
+        described = _Description.model_validate(content)
+        settings = presets.validate(_keep_for_inference(described.settings))
+        classes = ClassTable.from_json([row.model_dump() for row in described.classes])
         network = build_segmenter(settings.model, settings.data.crop, len(classes))
         network.load_state_dict(tensors)
-        # Files without preprocessing are of networks that were trained with the values of ImageNet.
-        preprocessing = description.get("preprocessing", asdict(IMAGENET))
-        network.encoder.normalisation = Normalisation(tuple(preprocessing["mean"]), tuple(preprocessing["std"]))
-        seen, network_name, step = tuple(description["seen"]), description["network"], description["step"]
-    except (ValueError, KeyError, TypeError, RuntimeError, CludaError) as error:
-        if isinstance(error, DataError):
-            raise
+        network.encoder.normalisation = Normalisation(**described.preprocessing.model_dump())
+    except ValidationError as error:
+        problem = error.errors()[0]
+        what = f"its description does not fit ({'.'.join(map(str, problem['loc']))}: {problem['msg']})"
+        raise DataError(what, path, "give weights that `cluda train` wrote") from error
+    except DataError:
+        raise
+    except Exception as error:  # what the text of a foreign file may lead to
         raise DataError(f"does not fit this version of cluda ({first_line(error)})", path, "train again") from error
     return TrainedNetwork(
         settings=settings,
         classes=classes,
-        seen=seen,
-        network_name=network_name,
-        step=step,
+        seen=described.seen,
+        network_name=described.network,
+        step=described.step,
         network=network.to(device).eval(),
         path=path,
     )
@@ -126,5 +169,6 @@ def load_weights(path: Path, device: torch.device) -> TrainedNetwork:
 def _keep_for_inference(saved: dict[str, Any]) -> dict[str, Any]:
     """Keep the sections that inference reads: another version may have trained with settings unknown to this one."""
     kept = {name: dict(saved[name]) for name in ("data", "model", "evaluation")}
-    kept["data"].pop("rare_class", None)
+    for name in ("rare_class", "class_balance"):
+        kept["data"].pop(name, None)
     return kept | {"objectives": {"feature_distance": False}}

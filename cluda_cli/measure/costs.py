@@ -23,7 +23,7 @@ from cluda_cli.settings import Settings
 
 MOST_IMAGES = 256
 """No batch with more images per domain is tried."""
-LOADED = 3
+TIMED_BATCHES = 3
 """Batches whose loading is timed, after one that is not."""
 
 
@@ -41,7 +41,7 @@ class Spread:
         return cls(statistics.median(seconds), statistics.fmean(seconds), min(seconds), max(seconds))
 
 
-def step_times(run: Run, stream: Iterator[Batch], count: int, advance: Callable[[], None]) -> list[float]:
+def time_steps(run: Run, stream: Iterator[Batch], count: int, advance: Callable[[], None]) -> list[float]:
     """Seconds of each of `count` steps with their batches.
 
     Nothing waits for a GPU between them: its own events tell when it came from one step to the next.
@@ -58,7 +58,7 @@ def step_times(run: Run, stream: Iterator[Batch], count: int, advance: Callable[
 
 
 def _mark(device: torch.device) -> Any:
-    """A moment: on a CUDA device one in the sequence of its work, elsewhere one on the clock."""
+    """Mark this moment: a recorded event on a CUDA device, elsewhere the time in seconds."""
     if device.type == "cuda":
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(device))
@@ -69,19 +69,19 @@ def _mark(device: torch.device) -> Any:
 
 @dataclass(frozen=True)
 class Memory:
-    """What was in use at most between two moments, bytes; None where the system does not tell."""
+    """Peak memory in use between two moments, in bytes; None where the system does not report it."""
 
     what: str
     """Which memory, and how it was measured."""
     peak: int | None
     reserved: int | None = None
-    """Of a GPU: with what torch keeps at hand."""
+    """GPU only: peak of what torch's allocator reserved."""
     total: int | None = None
-    """Of a GPU: all that it has."""
+    """GPU only: memory of the device."""
 
 
 class MemoryWatch:
-    """From here on the memory of a device is watched; build it before the networks."""
+    """Measures the peak memory of a device from its construction on; construct it before the networks."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -102,7 +102,7 @@ class MemoryWatch:
 
 
 def _peak_resident() -> int | None:
-    """The most main memory that this process ever had, bytes; None on systems without this count."""
+    """Peak resident memory of this process, in bytes; None on systems that do not count it."""
     try:
         import resource
     except ImportError:  # Windows
@@ -111,19 +111,19 @@ def _peak_resident() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def largest_step(run: Run, batch: Batch) -> int:
-    """Images per domain of the largest step that fits, made of those of `batch`; see `largest_batch`.
+def find_largest_step(run: Run, batch: Batch) -> int:
+    """Images per domain of the largest step that fits, made of those of `batch`; see `find_largest_batch`.
 
     Without `torch.compile`, which would compile for each size anew, and whose steps take less memory as a rule.
     """
     usual, run.forward = run.forward, run.student
     try:
-        return largest_batch(partial(step_fits, run, batch), len(batch["source"].image))
+        return find_largest_batch(partial(step_fits, run, batch), len(batch["source"].image))
     finally:
         run.forward = usual
 
 
-def largest_batch(fits: Callable[[int], bool], start: int, most: int = MOST_IMAGES) -> int:
+def find_largest_batch(fits: Callable[[int], bool], start: int, most: int = MOST_IMAGES) -> int:
     """The largest batch that fits, at most `most` unless `start` is more; 0 if not even one image fits.
 
     Doubles from `start` until a batch does not fit and then halves the gap, down to an eighth of what fits.
@@ -148,7 +148,7 @@ def step_fits(run: Run, batch: Batch, images: int) -> bool:
         wait_for_device(run.device)
     except torch.OutOfMemoryError:
         fits = False
-    # Only here is the exception gone, and with it what its frames hold.
+    # The exception kept its frames, and with them their tensors, alive until here.
     larger = None
     run.optimizer.zero_grad(set_to_none=True)
     gc.collect()
@@ -166,22 +166,22 @@ class Loading:
     """Of one process."""
 
     def seconds_per_step(self) -> float:
-        """The least that this allows; without processes of its own, loading is a part of the step."""
+        """Lower bound of a step's seconds; 0 without loader processes, where loading is a part of the step."""
         return 1 / (self.processes * self.batches_per_second) if self.processes else 0.0
 
 
-def loading_speed(settings: Settings, sources: Sequence[Index], target: Index, first: int) -> Loading:
-    """Make some batches as a loader process does: here, on one thread."""
+def measure_loading(settings: Settings, sources: Sequence[Index], target: Index, first: int) -> Loading:
+    """Time some batches, made in this process on one thread, as a loader process makes them."""
     data, threads = settings.data, torch.get_num_threads()
     steps = Steps(draws(sources, target, data), settings.training.seed, range(data.batch_size))
     torch.set_num_threads(1)
     try:
-        for i in range(LOADED + 1):
+        for i in range(TIMED_BATCHES + 1):
             if i == 1:
                 began = time.perf_counter()
             batch = steps[first + i, None]
             if isinstance(batch, CludaError):
                 raise batch
-        return Loading(data.workers, LOADED / (time.perf_counter() - began))
+        return Loading(data.workers, TIMED_BATCHES / (time.perf_counter() - began))
     finally:
         torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""Where the time of training steps goes: a clock that listens to the spans of the step."""
+"""How the time of a training step divides among its spans: a clock that listens to them."""
 
 import time
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import torch
 from cluda_cli.spans import listening
 
 OTHER = "other"
-"""The time of a step that lies in no span: clearing gradients, their norm, the look at the terms."""
+"""The time of a step outside of all spans: clearing gradients, their norm, the check of the terms."""
 
 
 def wait_for_device(device: torch.device) -> None:
@@ -21,7 +21,7 @@ def wait_for_device(device: torch.device) -> None:
 
 
 class SpanClock:
-    """Seconds per step and span. While an inner span runs the clock of the outer one stands, so spans add up.
+    """Seconds per step and span. The time of an inner span does not count for the outer one, so spans add up.
 
     The device is waited for wherever a span begins or ends, so on a GPU the steps take longer than without.
     """
@@ -60,7 +60,7 @@ class SpanClock:
             self._open.pop()
 
     def _credit(self) -> None:
-        """Give the innermost open span the time since the last look."""
+        """Add the time since the last call to the innermost open span."""
         wait_for_device(self.device)
         now = time.perf_counter()
         seconds, name = self.steps[-1], self._open[-1]

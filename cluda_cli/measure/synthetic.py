@@ -1,4 +1,4 @@
-"""Batches made up for measurements: noise, with labels about as uneven as those of streets. B images, H W pixels."""
+"""Synthetic batches for measurements: noise, with class shares like those of streets. B images, H W pixels."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ probability 0.25, on Cityscapes 0.23: that is what the cost of a contrast depend
 
 
 def synthetic_source() -> Index:
-    """A labelled dataset with the classes of Cityscapes, all of them seen, and no file."""
+    """A labelled dataset with the classes of Cityscapes, each of which occurs; it has no files."""
     classes = ClassTable(CITYSCAPES)
     item = Item("", "", (1, 1), dict.fromkeys(range(len(classes)), 1))
     return Index("synthetic", Path(), Path(), classes, {"train": (item,)})

@@ -1,4 +1,4 @@
-"""A run to be measured: the cost of the settings' own, without weights to fetch, data to have, or learning."""
+"""A run for measurements. It costs what a run of the settings costs, and needs no weights, no data and no learning."""
 
 import itertools
 from collections.abc import Generator, Sequence
@@ -15,18 +15,19 @@ from cluda_cli.measure.synthetic import synthetic_batch, synthetic_labels
 from cluda_cli.seeds import derive_seed
 from cluda_cli.settings import Settings
 
-SURE = 0.5  # share of the pixels of which a teacher is sure in the midst of training
+CONFIDENT_SHARE = 0.5
+"""Weight of a pseudo-label: the share of confident pixels about halfway through a training."""
 
 
-def busiest_step(settings: Settings) -> int:
-    """The step from which all that begins later in the run is on."""
+def find_busiest_step(settings: Settings) -> int:
+    """The first step of the run at which every objective and option that starts later than step 0 is on."""
     starts = [objective.start for _, objective in settings.objectives if objective]
     starts.append(settings.mixing.uncertain_detail_from or 0)
     return max((start for start in starts if start < settings.training.steps), default=0)
 
 
-def measurable(settings: Settings, steps: int) -> Settings:
-    """Settings of the same cost with random encoder weights, at least so many steps, and no learning.
+def make_measurable(settings: Settings, steps: int) -> Settings:
+    """Settings of the same cost with random encoder weights, at least `steps` steps, and a rate that changes nothing.
 
     A random network may diverge at a rate that suits a pretrained one. They are not validated again, because a feature
     distance to random weights, which costs the same, is refused there for good reason.
@@ -37,7 +38,7 @@ def measurable(settings: Settings, steps: int) -> Settings:
     return settings.model_copy(update={"model": model, "optimizer": optimizer, "training": training})
 
 
-def batch_stream(
+def stream_batches(
     settings: Settings, sources: Sequence[Index], target: Index | None, first: int, device: torch.device
 ) -> Generator[Batch, None, None]:
     """Batches of the datasets, or one synthetic batch again and again."""
@@ -51,10 +52,10 @@ def batch_stream(
     return (each for each in itertools.repeat(batch))
 
 
-def label_believably(run: Run) -> None:
-    """Replace the teacher's pseudo-labels and their weights, once it has made them, by those of a street.
+def imitate_pseudo_labels(run: Run) -> None:
+    """Replace the teacher's pseudo-labels and their weights, after it has computed them, by synthetic ones of a street.
 
-    A random network labels nearly everything alike and is sure of nothing, and what a contrast costs depends on the
+    A random network predicts one class nearly everywhere, with low confidence. The cost of a contrast depends on the
     sizes of the classes.
     """
     data, honest = run.settings.data, run.teacher.pseudo_labels
@@ -62,7 +63,7 @@ def label_believably(run: Run) -> None:
     labels = synthetic_labels(data.batch_size, data.crop, len(run.classes), drawn).long().to(run.device)  # B H W
 
     def pseudo_labels(image: Tensor, valid: Tensor) -> PseudoLabels:
-        weight = SURE * valid.float()
+        weight = CONFIDENT_SHARE * valid.float()
         label = labels[torch.arange(len(image), device=run.device) % len(labels)]
         return PseudoLabels(label, weight, honest(image, valid).probability)
 
@@ -70,5 +71,5 @@ def label_believably(run: Run) -> None:
 
 
 def generator(settings: Settings, purpose: str) -> torch.Generator:
-    """For numbers of a measurement."""
+    """A generator for the random numbers of one purpose of a measurement."""
     return torch.Generator().manual_seed(derive_seed(settings.training.seed, purpose))

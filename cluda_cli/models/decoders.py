@@ -79,6 +79,41 @@ def _fuse_pointwise(unit: "ConvUnit", maps: Sequence[Tensor]) -> Tensor:
     return unit.activate(sum(others, start=first))
 
 
+class PyramidDecoder(nn.Module):
+    """Four encoder maps -> class logits and the fused feature they are read from, both on the grid of the first map.
+
+    From the coarsest map to the finest, each sum of an embedded map and the upsampled coarser one passes a 3x3
+    convolution (feature pyramid, arXiv 1612.03144, with norms and without outputs at the coarser levels).
+    """
+
+    def __init__(self, section: settings.Pyramid, in_channels: Sequence[int], num_classes: int) -> None:
+        super().__init__()
+        dim = section.channels
+        self.embed_layers = nn.ModuleList(Embedding(channels, dim, norm=True) for channels in in_channels)
+        self.fuse_layers = nn.ModuleList(ConvUnit(dim, dim, kernel=3) for _ in in_channels[:-1])
+        self.dropout = nn.Dropout2d(section.dropout)
+        self.conv_seg = nn.Conv2d(dim, num_classes, 1)
+        nn.init.normal_(self.conv_seg.weight, std=0.01)
+        nn.init.zeros_(self.conv_seg.bias)
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """(logits B K h w, fused B D h w); channel dropout acts on the logits' input only, while training."""
+        fused = self.embed_layers[-1](maps[-1])  # B D * *
+        for i in reversed(range(len(maps) - 1)):
+            upsampled = F.interpolate(fused, maps[i].shape[2:], mode="bilinear")
+            fused = self.fuse_layers[i](self.embed_layers[i](maps[i]) + upsampled)
+        return self.classify(fused), fused
+
+    def classify(self, fused: Tensor) -> Tensor:
+        """The logits of fused features B D h w.  # B K h w"""
+        logits: Tensor = self.conv_seg(self.dropout(fused))
+        return logits
+
+    def classifiers(self) -> list[nn.Conv2d]:
+        """The layers whose output channels are classes."""
+        return [self.conv_seg]
+
+
 class DeepLabV2Decoder(nn.Module):
     """The last encoder map -> class logits on its grid: the sum of dilated 3x3 convolutions (DeepLab, section 3.2).
 
@@ -169,3 +204,15 @@ class ConvUnit(nn.Module):
 
     def activate(self, features: Tensor) -> Tensor:
         return F.relu(self.bn(features), inplace=True)
+
+
+Decoder = DAFormerDecoder | DeepLabV2Decoder | PyramidDecoder
+
+
+def build_decoder(model: settings.Model, in_channels: Sequence[int], num_classes: int) -> Decoder:
+    """The decoder of the settings, for encoder maps of these channels."""
+    if model.deeplab:
+        return DeepLabV2Decoder(model.deeplab, in_channels, num_classes)
+    if model.pyramid:
+        return PyramidDecoder(model.pyramid, in_channels, num_classes)
+    return DAFormerDecoder(model.decoder, in_channels, num_classes)

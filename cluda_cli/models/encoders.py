@@ -1,8 +1,8 @@
 """Every encoder behind one contract: Mix Transformers, timm models with a pyramid of maps, and plain ViTs of timm.
 
 The contract: `channels` and `strides` of the four maps, `pad_multiple` (height and width of an image must be multiples
-of it), `normalisation` of the images, and forward(image B 3 H W) -> four maps B C ceil(H/stride) ceil(W/stride). The
-first map is the finest.
+of it), `normalisation` of the images, `layers()`, which numbers the parameters by depth, and
+forward(image B 3 H W) -> four maps B C ceil(H/stride) ceil(W/stride). The first map is the finest.
 """
 
 import difflib

@@ -59,6 +59,7 @@ class MixTransformer(nn.Module):
         super().__init__()
         channels, depths = VARIANTS[variant].channels, VARIANTS[variant].depths
         self.channels: tuple[int, ...] = channels
+        self.depths = depths
         rates = [drop_path * k / (sum(depths) - 1) for k in range(sum(depths))]
         for i, (inputs, outputs) in enumerate(zip((3, *channels), channels, strict=False)):
             kernel, stride = (7, 4) if i == 0 else (3, 2)
@@ -68,6 +69,22 @@ class MixTransformer(nn.Module):
             self.add_module(f"block{i + 1}", nn.ModuleList(blocks))
             self.add_module(f"norm{i + 1}", nn.LayerNorm(outputs, eps=BLOCK_EPS))
         self.apply(_initialise)
+
+    def layers(self) -> dict[str, int]:
+        """Number of the layer of every parameter, by its name: 0 the first patch embedding, then one for each block.
+
+        Later patch embeddings belong to the block after them, norms of stages to the block before them.
+        """
+        first = [1 + sum(self.depths[:stage]) for stage in range(4)]  # block of every stage
+        numbers = {}
+        for name, _ in self.named_parameters():
+            module, inner = name.split(".")[:2]
+            kind, stage = module[:-1], int(module[-1]) - 1
+            if kind == "patch_embed":
+                numbers[name] = first[stage] if stage else 0
+            else:
+                numbers[name] = first[stage] + (int(inner) if kind == "block" else self.depths[stage] - 1)
+        return numbers
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         # Spelt out, because each stage is three attributes with the names of the published weights.

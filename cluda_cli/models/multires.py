@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cluda_cli import settings
 from cluda_cli.errors import SettingsError
 from cluda_cli.models.boxes import Boxes, Size, random_boxes
-from cluda_cli.models.decoders import DAFormerDecoder, DeepLabV2Decoder
+from cluda_cli.models.decoders import DAFormerDecoder, Decoder, DeepLabV2Decoder
 from cluda_cli.models.segmenter import Detail, Output, Segmenter
 from cluda_cli.models.windows import average_windows, window_corners
 
@@ -56,7 +56,7 @@ class MultiResolution(Segmenter):
     def smallest(self) -> int:
         return super().smallest * self.downscale
 
-    def decoders(self) -> list[DAFormerDecoder | DeepLabV2Decoder]:
+    def decoders(self) -> list[Decoder]:
         # While the base class is built there is no second head yet.
         return [self.decoder, self.scale_attention] if hasattr(self, "scale_attention") else [self.decoder]
 

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cluda_cli import settings
 from cluda_cli.models.boxes import Boxes, Size
-from cluda_cli.models.decoders import DAFormerDecoder, DeepLabV2Decoder
+from cluda_cli.models.decoders import Decoder, build_decoder
 from cluda_cli.models.encoders import build_encoder
 from cluda_cli.models.normalisation import Normalisation
 
@@ -57,11 +57,7 @@ class Segmenter(nn.Module):
     def __init__(self, model: settings.Model, num_classes: int) -> None:
         super().__init__()
         self.encoder = build_encoder(model)
-        self.decoder = (
-            DeepLabV2Decoder(model.deeplab, self.encoder.channels, num_classes)
-            if model.deeplab
-            else DAFormerDecoder(model.decoder, self.encoder.channels, num_classes)
-        )
+        self.decoder = build_decoder(model, self.encoder.channels, num_classes)
         self.stride: int = self.encoder.strides[-1 if model.deeplab else 0]  # pixels per cell of the logits
         self.freeze_batch_norm, self.frozen = model.freeze_batch_norm, frozenset(model.freeze)
         if self.freeze_batch_norm:
@@ -99,7 +95,7 @@ class Segmenter(nn.Module):
         logits, fused = self.decoder(maps)
         return Output(logits=logits, features=fused, encoder=maps, image=image)
 
-    def decoders(self) -> list[DAFormerDecoder | DeepLabV2Decoder]:
+    def decoders(self) -> list[Decoder]:
         """All heads that the network has."""
         return [self.decoder]
 

@@ -9,20 +9,41 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models import is_model_in_modules
+from timm.models import group_parameters, is_model_in_modules
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import Tensor, nn
 
 from cluda_cli.errors import SettingsError
 from cluda_cli.models.normalisation import Normalisation
+from cluda_cli.models.published.encoders import flat
 
 STRIDES = (4, 8, 16, 32)
 # Options of timm.create_model that some models do not have.
 OPTIONAL = ("strict_img_size", "dynamic_img_size", "always_partition", "drop_path_rate", "output_stride")
 
 
-class TimmEncoder(nn.Module):
+class _OfTimm(nn.Module):
+    network: nn.Module
+
+    def layers(self) -> dict[str, int]:
+        """Number of the layer of every parameter, by its name: 0 the stem, then as timm groups the blocks.
+
+        Raises SettingsError where timm does not group them.
+        """
+        name = self.network.pretrained_cfg["architecture"]
+        with torch.device("meta"):  # names are enough
+            whole = timm.create_model(name)
+        try:
+            groups = group_parameters(whole, whole.group_matcher(coarse=False), reverse=True)
+            number = {flat(theirs): group for theirs, group in groups.items()}
+            return {ours: number[flat(ours)] for ours, _ in self.named_parameters()}
+        except (AttributeError, NotImplementedError, KeyError):
+            what = f"timm does not say which layers {name} has"
+            raise SettingsError(what, "optimizer.layer_decay", "set optimizer.layer_decay=1") from None
+
+
+class TimmEncoder(_OfTimm):
     """A timm model with a pyramid of maps.
 
     `output_stride` is that of the last map; below 32, dilation takes the place of stride in the later stages. Raises
@@ -107,7 +128,7 @@ class _SwinV2Block(_PadFirst, SwinTransformerV2Block):
 PAD_FIRST = {SwinTransformerBlock: _SwinBlock, SwinTransformerV2Block: _SwinV2Block}
 
 
-class PlainViT(nn.Module):
+class PlainViT(_OfTimm):
     """A vision transformer of timm (DINOv2, DINOv3, DeiT, EVA-02, ...) with four maps at nearly one resolution.
 
     The maps are the patch tokens after each quarter of the blocks, through the final norm; so DINOv2 (arXiv

@@ -38,7 +38,8 @@ def average_windows(
     A window larger than the image is clipped to it. `stride` and all sizes are multiples of `cell`. `compute_logits`
     turns windows n C h w into logits n K h/cell w/cell. It gets at most `windows_at_once` windows in one call, which
     bounds memory; None means all windows. They come in the order of `window_corners`, each from all images before the
-    next.
+    next, so the logits of an image are added in the same order whatever the batch. The mean of an image depends on the
+    other images by the rounding of `compute_logits` alone: a convolution may round batches of other sizes differently.
     """
     (high, wide), grid = window, (images.shape[2] // cell, images.shape[3] // cell)
     corners = window_corners((images.shape[2], images.shape[3]), window, stride)

@@ -1,38 +1,45 @@
 """What is measured on views, one file per method. `build_objectives` chooses, `build_makers` says how views come."""
 
-from torch import nn
+from torch import Tensor, nn
 
 from cluda_cli import settings
-from cluda_cli.adaptation.views import MakeMasked, MakeMixed, Maker, make_source, make_target
+from cluda_cli.adaptation.views import MakeMasked, MakeMixed, Maker, MakeSource, make_target
 from cluda_cli.data.labels import ClassTable
 from cluda_cli.errors import SettingsError
 from cluda_cli.models.multires import MultiResolution
 from cluda_cli.models.segmenter import Segmenter
+from cluda_cli.objectives.anchor_contrast import AnchorContrast
 from cluda_cli.objectives.cross_entropy import CrossEntropy
 from cluda_cli.objectives.feature_distance import FeatureDistance
 from cluda_cli.objectives.objective import Objective
 from cluda_cli.objectives.pixel_contrast import PixelContrast
 
 
-def build_objectives(s: settings.Objectives, student: Segmenter, classes: ClassTable) -> nn.ModuleDict:
+def build_objectives(
+    s: settings.Objectives, student: Segmenter, classes: ClassTable, class_weights: Tensor | None = None
+) -> nn.ModuleDict:
     """The objectives that the settings switch on, by the name of their section.
 
-    The encoder of `student` must hold its pretrained weights; `classes` are those of the sources. Raises SettingsError
-    for classes that do not exist.
+    The encoder of `student` must hold its pretrained weights; `classes` are those of the sources. `class_weights` (K)
+    are those of ground truth in cross-entropy. Raises SettingsError for classes that do not exist.
     """
     chosen: dict[str, Objective] = {}
     if s.source:
-        chosen["source"] = CrossEntropy(s.source, "source")
+        chosen["source"] = CrossEntropy(s.source, "source", class_weights, s.source.hard_pixels)
     if s.mixed:
-        chosen["mixed"] = CrossEntropy(s.mixed, "mixed")
+        chosen["mixed"] = CrossEntropy(s.mixed, "mixed", class_weights)
     if s.masked:
-        chosen["masked"] = CrossEntropy(s.masked, "masked")
+        chosen["masked"] = CrossEntropy(s.masked, "masked", class_weights)
     if s.feature_distance:
         chosen["feature_distance"] = FeatureDistance(s.feature_distance, student.encoder, classes)
     if s.pixel_contrast:
         views = ("source", "mixed") if s.mixed else ("source",)
         channels = student.encoder.channels if isinstance(student, MultiResolution) else None
         chosen["pixel_contrast"] = PixelContrast(s.pixel_contrast, views, channels)
+    if s.anchor_contrast:
+        views = ("source", "mixed") if s.mixed else ("source",)
+        fused = student.decoder.classifiers()[0].in_channels
+        chosen["anchor_contrast"] = AnchorContrast(s.anchor_contrast, views, fused)
     return nn.ModuleDict(chosen)
 
 
@@ -42,7 +49,7 @@ def build_makers(s: settings.Settings, objectives: nn.ModuleDict) -> dict[str, M
     Raises SettingsError if an objective reads a view that nobody makes, or if two make views of one name.
     """
     makers: dict[str, Maker] = {
-        "source": make_source,
+        "source": MakeSource(s.mixing),
         "mixed": MakeMixed(s.mixing),
         "masked": MakeMasked(s.masking, s.mixing),
         "target": make_target,

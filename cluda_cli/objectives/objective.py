@@ -2,8 +2,8 @@
 
 Each term is a scalar in float32 whatever autocast says, connected to the student and never NaN. Where it does not
 apply (no labelled pixel, no such class) it is exactly 0; logs show that as "-". State is buffers, heads are submodules,
-frozen helper networks are `models.frozen.Frozen`. Random numbers come from the scene's generators. No tensor is
-quadratic in pixels.
+frozen helper networks are `models.frozen.Frozen`. Random numbers come from the scene's generators, in `forward` from
+those of a view. No tensor is quadratic in pixels.
 """
 
 from collections.abc import Mapping, Sequence

@@ -83,6 +83,8 @@ def find_missing(
         if folder.is_dir() and any(child.is_dir() for child in folder.iterdir()):
             return {}  # probably unpacked by hand
         raise DataError("only zip archives can be unpacked here", path, f"unpack it by hand into {folder}")
+    if not path.is_file():
+        raise DataError("is not a regular file", path, "put the publisher's archive there")
     try:
         with zipfile.ZipFile(path) as file:
             members = file.infolist()

@@ -8,28 +8,39 @@ import hashlib
 import json
 import os
 import signal
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 from PIL import Image
+from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from cluda_cli.console import Progress
+from cluda_cli.data.image_files import Header
+from cluda_cli.data.index import read_stamp
+from cluda_cli.data.stored import Count, TrainId
+from cluda_cli.distributed.children import end_with_parent
+from cluda_cli.distributed.place import usable_cores
 from cluda_cli.errors import DataError, EnvironmentProblem
-from cluda_cli.files import atomic, write_text
-from cluda_cli.preparation.label_files import LabelReader, count_pixels, read_size
+from cluda_cli.files import atomic, naming, write_text
+from cluda_cli.preparation.label_files import Label, LabelReader, check_image, count_pixels
 from cluda_cli.preparation.pairing import Pair, find_pairs
 from cluda_cli.preparation.problems import BadFile, Kind, Problem
 from cluda_cli.preparation.published import Dataset
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-VERSION = 1  # raise it when equal files give another outcome
+VERSION = 2  # raise it when equal files give another outcome
 TASKS_PER_WORKER = 16  # a process takes about a second to start; fewer files are faster without it
+_TURNED = {
+    1: "upright", 2: "mirrored", 3: "upside down", 4: "mirrored and upside down", 5: "mirrored and on its side",
+    6: "on its side", 7: "mirrored and on its side", 8: "on its side",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,7 +59,7 @@ class Scan:
     def inputs(self) -> str:
         """Hash of everything that the index is made from. The index is up to date while it is equal."""
         dataset = self.dataset
-        root = os.path.relpath(dataset.root, self.folder)
+        root = os.path.relpath(os.path.realpath(dataset.root), os.path.realpath(self.folder))
         problems = [problem.to_json() for problem in self.problems]
         content = [dataset.name, root, dataset.classes.to_json(), dataset.margins, list(self.keys), problems]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -82,20 +93,22 @@ class Conversion:
     pair: Pair
     output: Path | None
     """Where the train-id map goes. None only checks, and decodes the whole image."""
+    labels_upright: bool = False
+    """`Dataset.labels_upright`."""
 
 
 def scan_files(dataset: Dataset, folder: Path) -> Scan:
     """Find and pair the files. Raises DataError if there are none."""
     found = find_pairs(dataset.root, dataset.splits)
-    if not found.pairs and not found.problems:
-        patterns = ", ".join(split.images for split in dataset.splits)
-        raise DataError(f"no images match {patterns}", dataset.root, "correct the patterns or the folder")
+    if not found.pairs and all(problem.kind is Kind.EMPTY for problem in found.problems):
+        what = "; ".join(f"split {problem.file}: {problem.detail}" for problem in found.problems)
+        raise DataError(f"no images: {what}", dataset.root, "correct the patterns or the folder")
     return Scan(dataset, folder, {hash_pair(dataset, pair): pair for pair in found.pairs}, tuple(found.problems))
 
 
 def check_all(scan: Scan, workers: int | None) -> dict[str, Outcome]:
     """Decode the whole of every file and write nothing."""
-    conversions = [Conversion(scan.dataset.root, scan.dataset.reader, pair, None) for pair in scan.keys.values()]
+    conversions = [_plan(scan, pair, None) for pair in scan.keys.values()]
     outcomes: dict[str, Outcome] = {}
     with Progress(f"checking {scan.dataset.name}", len(conversions)) as progress:
         for key, outcome in zip(scan.keys, run_all(convert, conversions, workers), strict=True):
@@ -115,10 +128,10 @@ def convert_missing(scan: Scan, workers: int | None) -> dict[str, Outcome]:
     # The journal drops a pair before its train-id map is overwritten. Otherwise, if this run stopped and the user
     # restored the files, the journal would vouch for the wrong map.
     write_text(path, "".join(format_line(key, outcome) for key, outcome in known.items()))
-    root, reader = scan.dataset.root, scan.dataset.reader
-    conversions = [Conversion(root, reader, pair, scan.label_path(pair)) for pair in todo.values()]
+    conversions = [_plan(scan, pair, scan.label_path(pair)) for pair in todo.values()]
     outcomes = dict(known)
     with (
+        naming(path),
         Progress(f"preparing {scan.dataset.name}", len(scan.keys), len(known)) as progress,
         path.open("a", encoding="utf-8") as journal,
     ):
@@ -130,46 +143,79 @@ def convert_missing(scan: Scan, workers: int | None) -> dict[str, Outcome]:
     return {key: outcomes[key] for key in scan.keys}
 
 
+def _plan(scan: Scan, pair: Pair, output: Path | None) -> Conversion:
+    dataset = scan.dataset
+    return Conversion(dataset.root, dataset.reader, pair, output, dataset.labels_upright)
+
+
 def _is_done(scan: Scan, pair: Pair, outcome: Outcome) -> bool:
     """Whether an earlier outcome still holds: its train-id map, if it has one, must exist."""
     return pair.label is None or outcome.is_bad or scan.label_path(pair).is_file()
 
 
 def convert(conversion: Conversion) -> Outcome:
-    """Check one pair and write its train-id map, unless the pair has a problem."""
-    size, problems, train_ids = (0, 0), [], None
+    """Check one pair and write its train-id map, unless the pair has an error."""
+    problems: list[Problem] = []
+    header: Header | None = None
+    label: Label | None = None
     root, pair = conversion.root, conversion.pair
     try:
-        size = read_size(root / pair.image, decode=conversion.output is None)
+        header = check_image(root / pair.image, decode=conversion.output is None)
     except BadFile as bad:
         problems.append(bad.to_problem(pair.image))
     if pair.label is not None:
         assert conversion.reader
         try:
-            train_ids = conversion.reader.read(root / pair.label)  # H W
+            label = conversion.reader.read(root / pair.label)
+            if label.note:
+                problems.append(Problem(label.note[0], pair.label, label.note[1]))
+            if header is not None:
+                refuse_misfit(header, label, conversion.labels_upright)
         except BadFile as bad:
             problems.append(bad.to_problem(pair.label))
-    if train_ids is not None and size != (0, 0) and train_ids.shape != size:
-        (height, width), (label_height, label_width) = size, train_ids.shape
-        detail = f"{label_width} x {label_height}, image {width} x {height}"
-        problems.append(Problem(Kind.SIZE, pair.label or "", detail))
-    if train_ids is not None and conversion.output and not problems:
+    outcome = Outcome(
+        (0, 0) if header is None else header.size,
+        {} if label is None else count_pixels(label.train_ids),
+        tuple(problems),
+    )
+    if label is not None and conversion.output and not outcome.is_bad:
         with atomic(conversion.output) as temporary:
-            Image.fromarray(train_ids).save(temporary, format="PNG")
-    return Outcome(size, {} if train_ids is None else count_pixels(train_ids), tuple(problems))
+            Image.fromarray(label.train_ids).save(temporary, format="PNG")
+    return outcome
+
+
+def refuse_misfit(image: Header, label: Label, labels_upright: bool) -> None:
+    """Raise BadFile unless it is certain that the label lies on the upright image.
+
+    Where the files have different EXIF orientations, sizes decide: the label must fit the image only when both are
+    upright. If it also fits as stored (180 degrees, mirrored, squares), `labels_upright` must say so.
+    """
+    height, width = label.train_ids.shape
+    stored = (width, height) if label.orientation >= 5 else (height, width)
+    fits, fits_stored = (height, width) == image.size, stored == image.stored_size
+    tagged = ""
+    if image.orientation != label.orientation:
+        of_label = f", the label {label.orientation}" if label.orientation > 1 else ""
+        tagged = f" (EXIF orientation {image.orientation}, {_TURNED[image.orientation]}{of_label})"
+        if fits and fits_stored and not labels_upright:
+            raise BadFile(Kind.ORIENTATION, f"fits the image as stored and turned upright{tagged}")
+        if fits_stored and not fits:
+            raise BadFile(Kind.ORIENTATION, f"fits the image only as stored, not turned upright{tagged}")
+    if not fits:
+        raise BadFile(Kind.SIZE, f"{width} x {height}, image {image.size[1]} x {image.size[0]}{tagged}")
 
 
 def run_all(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int | None) -> Iterator[Result]:
-    """Run a function on each task in up to `workers` processes, None for one per core. Yields results in order.
+    """Run a function on each task in up to `workers` processes, None for one per usable core. Yields results in order.
 
     Few tasks run in this process. Raises EnvironmentProblem if a worker is killed, usually for want of memory.
     """
-    count = min(workers or os.cpu_count() or 1, -(-len(tasks) // TASKS_PER_WORKER))
+    count = min(workers or usable_cores(), -(-len(tasks) // TASKS_PER_WORKER))
     if count <= 1:
         yield from map(function, tasks)
         return
     # Spawned, not forked: the parent may hold threads, and all platforms behave alike.
-    pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_ignore_interrupt)
+    pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_start_worker)
     try:
         yield from pool.map(function, tasks, chunksize=4)
     except BrokenProcessPool as error:
@@ -183,42 +229,54 @@ def run_all(function: Callable[[Task], Result], tasks: Sequence[Task], workers: 
 
 def hash_pair(dataset: Dataset, pair: Pair) -> str:
     """Journal key: hash of names, sizes and times of the files of a pair, and of how its label is read."""
-    stamps = [_read_stamp(dataset.root / path) for path in (pair.image, pair.label) if path]
-    content = [VERSION, pair.split, pair.stem, pair.image, pair.label, stamps, _hash_reader(dataset)]
+    stamps = [read_stamp(dataset.root / path) for path in (pair.image, pair.label) if path]
+    how = [_hash_reader(dataset), dataset.labels_upright]
+    content = [VERSION, pair.split, pair.stem, pair.image, pair.label, stamps, how]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
+
+
+def _find_kind(name: str) -> Kind:
+    if name not in Kind.__members__:
+        raise ValueError("no such kind of problem")
+    return Kind[name]
+
+
+_ProblemRow = tuple[Annotated[str, AfterValidator(_find_kind)], str, str, dict[str, Count]]
+_LINE = TypeAdapter(tuple[str, tuple[Count, Count], dict[TrainId, Count], list[_ProblemRow]])
 
 
 def read_journal(path: Path) -> dict[str, Outcome]:
     """Journal key -> outcome, from every whole line; empty if there is no journal."""
     outcomes: dict[str, Outcome] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            key, size, pixels, problems = json.loads(line)
-            counts = {int(train_id): count for train_id, count in pixels.items()}
-            outcomes[key] = Outcome((size[0], size[1]), counts, tuple(map(Problem.from_json, problems)))
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        check, _, content = line.partition(b" ")
+        if check != _check(content):
             continue
+        try:
+            key, size, pixels, problems = _LINE.validate_json(content, strict=True)
+        except ValidationError:
+            continue
+        # What a validator makes of a str is a Kind.
+        outcomes[key] = Outcome(size, pixels, tuple(Problem(*row) for row in problems))  # type: ignore[arg-type]
     return outcomes
 
 
 def format_line(key: str, outcome: Outcome) -> str:
+    """A checksum of the rest, and the rest as JSON."""
     problems = [problem.to_json() for problem in outcome.problems]
-    return json.dumps([key, outcome.size, outcome.pixels, problems]) + "\n"
+    content = json.dumps([key, outcome.size, outcome.pixels, problems])
+    return f"{_check(content.encode()).decode()} {content}\n"
 
 
-def _read_stamp(path: Path) -> tuple[int, int]:
-    """Size, bytes, and time of change, ns, of a file; zeros for a missing file, which is reported when it is read."""
-    try:
-        status = path.stat()
-    except OSError:
-        return 0, 0
-    return status.st_size, status.st_mtime_ns
+def _check(content: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(content)
 
 
 def _hash_reader(dataset: Dataset) -> str:
     return hashlib.sha256(repr(dataset.reader).encode()).hexdigest()
 
 
-def _ignore_interrupt() -> None:
-    """Leave Ctrl-C to the parent, which then ends the workers."""
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, which then ends the workers; end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()

@@ -1,18 +1,20 @@
 """Read the description of a user's own dataset, a TOML file. DescriptionTable lists its keys."""
 
 import colorsys
+import os
 import re
 import tomllib
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from cluda_cli.data.index import IMAGE_SUFFIXES
 from cluda_cli.data.labels import CITYSCAPES, IGNORE, THING_NAMES, ClassTable, Color, LabelClass, build_id_table
-from cluda_cli.errors import DataError, SettingsError, nearest
-from cluda_cli.preparation.label_files import MAX_CLASSES, ColorLabels, IdLabels, LabelReader
+from cluda_cli.errors import DataError, SettingsError, first_line, nearest
+from cluda_cli.preparation.globs import check_glob
+from cluda_cli.preparation.label_files import MAX_CLASSES, MAX_TOLERANCE, ColorLabels, IdLabels, LabelReader
 from cluda_cli.preparation.pairing import Split
 from cluda_cli.preparation.published import Dataset
 from cluda_cli.settings import Margins, Section
@@ -26,18 +28,35 @@ def _check_pattern(value: str) -> str:
         raise ValueError("patterns lie below root; set root to the folder that holds all files")
     if any("**" in part and part != "**" for part in parts):
         raise ValueError("** stands for whole folders, as in images/**/*.png")
-    if parts[-1] in {"", "**"}:
+    if parts[-1] in {"", ".", "**"}:
         raise ValueError("the pattern names a folder; end it with a file name such as *.png")
+    check_glob(value)
     return "/".join(part for part in parts if part not in {"", "."})
 
 
-def _check_name(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", value):
-        raise ValueError("a name of letters, digits, '-', '_' and '.' is needed, because a folder is named after it")
+def _check_text(value: str) -> str:
+    if not value.strip() or not value.isprintable() or len(value) > LONGEST_TEXT:
+        raise ValueError(f"a text of 1 to {LONGEST_TEXT} printable characters is needed")
     return value
 
 
-Pattern = Annotated[str, AfterValidator(_check_pattern)]
+def _check_root(value: str) -> str:
+    if not value.isprintable() or len(value) > 1000:
+        raise ValueError("a path of at most 1000 characters, none of them a control character, is needed")
+    return value
+
+
+def _check_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", value):
+        raise ValueError(
+            "a name of up to 100 letters, digits, '-', '_' and '.' is needed, because a folder is named after it"
+        )
+    return value
+
+
+LONGEST_TEXT = 200
+Text = Annotated[str, AfterValidator(_check_text)]
+Pattern = Annotated[Text, AfterValidator(_check_pattern)]
 PlainName = Annotated[str, AfterValidator(_check_name)]
 
 
@@ -48,7 +67,7 @@ class SplitTable(Section):
     """Glob of the images, relative to root."""
     labels: Pattern | None = None
     """Glob of the labels; leave it out for images without labels."""
-    list: str | None = None
+    list: Text | None = None
     """File with one name per line that restricts the split, relative to root."""
 
 
@@ -57,7 +76,7 @@ class DescriptionTable(Section):
 
     name: PlainName | None = None
     """Name of the prepared dataset; unset: the name of the description file."""
-    root: str = "."
+    root: Annotated[str, AfterValidator(_check_root)] = "."
     """Folder of the files, relative to the description."""
     ignore: tuple[int | str, ...] = ()
     """Label ids, or colours, that are neither trained on nor scored."""
@@ -65,10 +84,14 @@ class DescriptionTable(Section):
     """Top, bottom, left, right bands of the frame, pixels, that deserve no pseudo-labels."""
     things: tuple[str, ...] | None = None
     """Countable classes; unset: those named like a countable class of Cityscapes."""
-    ids: dict[str, str] = {}
+    ids: dict[str, Text] = {}
     """Label id -> class name; the order of first appearance gives the train ids."""
-    colors: dict[str, str] = {}
+    colors: dict[str, Text] = {}
     """"#rrggbb" or "r,g,b" -> class name, for RGB labels."""
+    color_tolerance: int = Field(0, ge=0, le=MAX_TOLERANCE)
+    """A colour that is not listed is read as the nearest listed one if no channel differs by more; 0: an error."""
+    labels_upright: bool = False
+    """Labels lie on the images as their EXIF orientation turns them; needed where the sizes do not tell."""
     palette: dict[str, tuple[Channel, Channel, Channel]] = {}
     """Class name -> colour in pictures."""
     splits: dict[PlainName, SplitTable] = Field(min_length=1)
@@ -89,16 +112,16 @@ def read_description(path: Path) -> Dataset:
     list is missing.
     """
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"cannot be read: {error}", path) from error
+        tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SettingsError(f"cannot be read: {first_line(error)}", path) from error
     try:
         table = DescriptionTable.model_validate(tree)
     except ValidationError as error:
         lines = [line for problem in error.errors() for line in _explain(problem)]
         raise SettingsError("\n".join(lines), path) from error
     root = Path(path.parent, table.root).resolve()
-    if not root.is_dir():
+    if not os.path.isdir(root):  # not Path.is_dir, which raises for names that are too long
         raise DataError("no such folder", root, f"correct root in {path}")
     return Dataset(
         name=table.name or _take_name(path),
@@ -107,6 +130,7 @@ def read_description(path: Path) -> Dataset:
         reader=_build_reader(table),
         splits=tuple(_build_split(name, split, root) for name, split in table.splits.items()),
         margins=table.margins,
+        labels_upright=table.labels_upright,
     )
 
 
@@ -156,6 +180,13 @@ def _find_problems(table: DescriptionTable) -> list[str]:
             problems.append(f'{place}: "{key}" is already given in {seen[value]}')
         seen[value] = place
     names = list(dict.fromkeys(raw.values()))
+    if len(names) == 1 and labelled:
+        problems.append(
+            f'the only class is "{names[0]}", so that every prediction would be right; name what else the labels hold, '
+            "such as background, as a class too"
+        )
+    if table.color_tolerance and not table.colors:
+        problems.append("color_tolerance: is for labels of colours")
     if len(names) > MAX_CLASSES:
         problems.append(f"{len(names)} classes, at most {MAX_CLASSES} are possible")
     for place, given in (("things", table.things or ()), ("palette", tuple(table.palette))):
@@ -183,8 +214,9 @@ def _build_reader(table: DescriptionTable) -> LabelReader | None:
     raw = table.colors or table.ids
     position = {name: i for i, name in enumerate(dict.fromkeys(raw.values()))}
     if table.colors:
+        listed = [(parse_color(key), position[name]) for key, name in raw.items()]
         ignored = [(parse_color(str(key)), IGNORE) for key in table.ignore]
-        return ColorLabels((*((parse_color(key), position[name]) for key, name in raw.items()), *ignored))
+        return ColorLabels((*listed, *ignored), table.color_tolerance)
     if table.ids:
         pairs = [(parse_id(key), position[name]) for key, name in raw.items()]
         known = sorted({label_id for label_id, _ in pairs} | {parse_id(str(key)) for key in table.ignore})
@@ -194,19 +226,36 @@ def _build_reader(table: DescriptionTable) -> LabelReader | None:
 
 def _build_split(name: str, table: SplitTable, root: Path) -> Split:
     if table.list is None:
-        return Split(name, table.images, table.labels)
+        return Split(name, table.images, table.labels, required=True)
     path = root / table.list
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        if not path.is_file():
+            raise FileNotFoundError("no such file")
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, ValueError) as error:
-        raise DataError(f"the list of split {name} cannot be read: {error}", path) from error
-    listed = frozenset(_read_listed_name(line.strip()) for line in lines if line.strip())
-    return Split(name, table.images, table.labels, keep=listed.__contains__, listed=listed)
+        raise DataError(f"the list of split {name} cannot be read: {first_line(error)}", path) from error
+    for number, line in enumerate(lines, start=1):
+        if len(_split_columns(line)) > 1:
+            what = f'line {number} of the list of split {name} has several columns: "{line[:80]}"'
+            raise DataError(what, path, "keep the column of the images; labels are found by the pattern of the split")
+    listed = frozenset(_read_listed_name(line) for line in lines if line)
+    return Split(name, table.images, table.labels, keep=listed.__contains__, listed=listed, required=True)
+
+
+def _split_columns(line: str) -> list[str]:
+    """The columns of a line: a tab, or a space, comma or semicolon behind the suffix of an image, ends one."""
+    columns = [""]
+    for piece in re.split(r"([\s,;]+)", line):
+        if "\t" in piece or (piece and piece[0] in " ,;" and Path(columns[-1]).suffix.lower() in IMAGE_SUFFIXES):
+            columns.append("")
+        else:
+            columns[-1] += piece
+    return columns
 
 
 def _read_listed_name(line: str) -> str:
     """A line of a list without the suffix of an image; it may be a stem, a file name or a path below root."""
-    path = Path(line.replace("\\", "/"))
+    path = PurePosixPath(line.replace("\\", "/"))
     return path.with_suffix("").as_posix() if path.suffix.lower() in IMAGE_SUFFIXES else path.as_posix()
 
 
@@ -227,7 +276,14 @@ def _explain(problem: Mapping[str, Any]) -> list[str]:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "missing":
         return [f"{path}: is needed"]
-    return [f"{path}: {message}, got {problem['input']!r}"] if path else message.splitlines()
+    return [f"{path}: {message}, got {_show(problem['input'])}"] if path else message.splitlines()
+
+
+def _show(value: object) -> str:
+    try:
+        return repr(value)[:80]
+    except (ValueError, RecursionError):  # an endless number, or tables in tables in tables
+        return "a value that is too long to show"
 
 
 def _suggest(name: str, choices: list[str]) -> str:

@@ -1,16 +1,16 @@
-"""Find images and labels by globs, and pair them."""
+"""Pair images with labels by what the wildcards of their globs stand for."""
 
-import functools
-import re
+import hashlib
+import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path
 
-from wcmatch import glob
-
-from cluda_cli.errors import DataError
+from cluda_cli.preparation.globs import Found, describe_beside, escape, find_files, is_text, split_name
 from cluda_cli.preparation.problems import Kind, Problem
+
+LONGEST_STEM = 180  # bytes
 
 
 @dataclass(frozen=True)
@@ -24,29 +24,8 @@ class Split:
     """If given, a file belongs to the split if this is true of one of its names (`Found.names`)."""
     listed: frozenset[str] = frozenset()
     """Names in the list file of the split. A name without an image is reported."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """One file that a glob found."""
-
-    path: str
-    """Relative to the dataset, with forward slashes."""
-    folder: str
-    """What the wildcards in the folders of the glob stand for."""
-    key: str
-    """What the wildcards in the file name stand for: in `*_rgb.png` and `*_label.png`, the common part."""
-
-    @property
-    def stem(self) -> str:
-        return PurePosixPath(self.path).stem
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names that a list file may give this file."""
-        without_suffix = str(PurePosixPath(self.path).with_suffix(""))
-        below = f"{self.folder}/" if self.folder else ""
-        return self.stem, self.key, below + self.stem, below + self.key, without_suffix
+    required: bool = False
+    """Whether it is an error if no image is found: a user names the split, while a publisher's may be left out."""
 
 
 @dataclass(frozen=True)
@@ -69,52 +48,51 @@ class Pairs:
 
 
 def find_pairs(root: Path, splits: Sequence[Split]) -> Pairs:
-    """Find the files of every split below `root` and pair them, sorted by path."""
-    result = Pairs()
+    """Find the files of every split below `root` and pair them, sorted by path.
+
+    A file that the labels of a split match is never an image, in no split.
+    """
+    result, loops, strange = Pairs(), set[str](), set[str]()
+
+    def find(pattern: str | None) -> list[Found]:
+        found = list(find_files(root, pattern, loops)) if pattern else []
+        strange.update(file.path for file in found if not is_text(file.path))
+        return [file for file in found if is_text(file.path)]
+
+    labels = {split.name: find(split.labels) for split in splits}
+    masks = {label.path for found in labels.values() for label in found}
     for split in splits:
-        images = [found for found in find_files(root, split.images) if _belongs(found, split)]
-        labels = [found for found in find_files(root, split.labels) if _belongs(found, split)] if split.labels else []
-        matched, ambiguous = match_labels(images, labels)
-        clear = [image for image in images if image.path not in ambiguous]
-        stems = _name_outputs(clear, matched)
-        result.pairs += [Pair(split.name, stems[i.path], i.path, matched.get(i.path)) for i in clear]
-        result.problems += [Problem(Kind.DUPLICATE, path, f"in split {split.name}") for path in sorted(ambiguous)]
-        if split.labels:
-            result.problems += [Problem(Kind.NO_LABEL, i.path) for i in clear if i.path not in matched]
-            used = ambiguous | set(matched.values())
-            result.problems += [Problem(Kind.NO_IMAGE, label.path) for label in labels if label.path not in used]
-            if images and not matched and not ambiguous:
-                names = f"images are named like {images[0].key}, labels like {labels[0].key if labels else '(none)'}"
-                result.problems.append(Problem(Kind.UNPAIRED, split.name, names))
-        present = {name for image in images for name in image.names}
-        absent = sorted(split.listed - present)
-        result.problems += [Problem(Kind.LISTED, name, f"in the list of split {split.name}") for name in absent]
+        matching = find(split.images)
+        images = [image for image in matching if image.path not in masks and _belongs(image, split)]
+        images, again = _take_once(root, images)
+        result.problems += [Problem(Kind.LINKED, path, f"in split {split.name}") for path in again]
+        if not images:
+            result.problems.append(_explain_empty(root, split, len(matching), masks))
+        _pair(root, split, images, labels[split.name], result)
     result.problems += _find_shared(result.pairs)
+    result.problems += [Problem(Kind.NAME, escape(path)) for path in sorted(strange)]
+    result.problems += [Problem(Kind.LOOP, escape(path)) for path in sorted(loops)]
     return result
 
 
-def find_files(root: Path, pattern: str) -> Iterator[Found]:
-    """Files below `root` that match a glob, sorted by path.
-
-    Wildcards do not match hidden files (macOS leaves some behind), and `**` does not follow links to folders.
-    Raises DataError if the glob uses a wildcard other than `*`, `?`, `[...]` and `**`.
-    """
-    folder_glob, name_glob = _split_name(pattern)
-    suffix_is_wild = _WILD_SUFFIX.search(name_glob)
-    for path in sorted(glob.glob(pattern, root_dir=root, flags=glob.GLOBSTAR | glob.CASE)):
-        if not (root / path).is_file():
-            continue  # a folder, or a link to nothing
-        path = PurePath(path).as_posix()
-        folder, name = _split_name(path)
-        folder_parts = _capture(folder_glob, folder, root)
-        name_parts = _capture(name_glob, name, root)
-        if suffix_is_wild and len(name_parts) > 1:
-            key = "_".join(name_parts[:-1])
-        else:
-            key = "_".join(name_parts)
-            if key and name_glob[-1] in "*?]":  # the last wildcard stands for the suffix as well
-                key = str(PurePosixPath(key).with_suffix(""))
-        yield Found(path, "/".join(part.strip("/") for part in folder_parts if part.strip("/")), key)
+def _pair(root: Path, split: Split, images: Sequence[Found], labels: Sequence[Found], result: Pairs) -> None:
+    """Add the pairs of one split, and what is wrong with them."""
+    matched, ambiguous = match_labels(images, labels)
+    clear = [image for image in images if image.path not in ambiguous]
+    stems = _name_outputs(clear, matched)
+    result.pairs += [Pair(split.name, stems[i.path], i.path, matched.get(i.path)) for i in clear]
+    result.problems += [Problem(Kind.DUPLICATE, path, f"in split {split.name}") for path in sorted(ambiguous)]
+    if split.labels and images and not matched and not ambiguous:
+        detail = f"images are named like {images[0].key}, labels like {labels[0].key}" if labels else ""
+        result.problems.append(Problem(Kind.UNPAIRED, split.name, detail or describe_beside(root, split.labels)))
+    elif split.labels:
+        result.problems += [Problem(Kind.NO_LABEL, i.path) for i in clear if i.path not in matched]
+    used = ambiguous | set(matched.values())
+    unused = [label for label in labels if label.path not in used and _belongs(label, split)]
+    result.problems += [Problem(Kind.NO_IMAGE, label.path) for label in unused]
+    present = {name for image in images for name in image.names}
+    absent = sorted(split.listed - present)
+    result.problems += [Problem(Kind.LISTED, name, f"in the list of split {split.name}") for name in absent]
 
 
 def match_labels(images: Sequence[Found], labels: Sequence[Found]) -> tuple[dict[str, str], set[str]]:
@@ -149,19 +127,51 @@ def _belongs(found: Found, split: Split) -> bool:
     return split.keep is None or any(split.keep(name) for name in found.names)
 
 
+def _take_once(root: Path, images: Sequence[Found]) -> tuple[list[Found], list[str]]:
+    """Images without those found again through a link to a folder, and the paths of the latter."""
+    top, first = os.path.realpath(root), dict[tuple[str, str], str]()
+    folders = {split_name(image.path)[0] for image in images}
+    real = {folder: os.path.realpath(os.path.join(root, folder)) for folder in folders}
+    linked = {folder: real[folder] != os.path.normpath(os.path.join(top, folder)) for folder in folders}
+    for image in sorted(images, key=lambda image: linked[split_name(image.path)[0]]):
+        folder, name = split_name(image.path)
+        first.setdefault((real[folder], name), image.path)
+    kept = set(first.values())
+    return [image for image in images if image.path in kept], [i.path for i in images if i.path not in kept]
+
+
+def _explain_empty(root: Path, split: Split, num_matching: int, masks: set[str]) -> Problem:
+    """Why a split has no image."""
+    if not num_matching:
+        detail = describe_beside(root, split.images)
+    elif all(found.path in masks for found in find_files(root, split.images)):
+        detail = f"all {num_matching} files that match {split.images} are also matched as labels"
+    else:
+        detail = f"none of the {num_matching} files that match {split.images} is in its list"
+    return Problem(Kind.EMPTY if split.required else Kind.NOT_THERE, split.name, detail)
+
+
 def _name_outputs(images: Sequence[Found], matched: dict[str, str]) -> dict[str, str]:
     """Image path -> name of its train-id map: the stem of the image, below its folder where stems clash.
 
-    Stems that differ only in case clash, because some file systems ignore case.
+    Stems that differ only in case clash, because some file systems ignore case. A long stem is shortened, since names
+    of files have at most 255 bytes and others are made from it.
     """
     count: dict[str, int] = defaultdict(int)
     for image in images:
         if image.path in matched:
             count[image.stem.casefold()] += 1
     return {
-        image.path: f"{image.folder}/{image.stem}" if image.folder and count[image.stem.casefold()] > 1 else image.stem
+        image.path: (f"{image.folder}/" if image.folder and count[image.stem.casefold()] > 1 else "") + _shorten(image)
         for image in images
     }
+
+
+def _shorten(image: Found) -> str:
+    stem = image.stem.encode()
+    if len(stem) <= LONGEST_STEM:
+        return image.stem
+    return stem[: LONGEST_STEM - 9].decode(errors="ignore") + "-" + hashlib.sha256(image.path.encode()).hexdigest()[:8]
 
 
 def _find_shared(pairs: Sequence[Pair]) -> list[Problem]:
@@ -169,39 +179,3 @@ def _find_shared(pairs: Sequence[Pair]) -> list[Problem]:
     for pair in pairs:
         splits[pair.image].append(pair.split)
     return [Problem(Kind.SHARED, image, ", ".join(of)) for image, of in splits.items() if len(of) > 1]
-
-
-_WILDCARD = r"(?:[*?]|\[[!^]?+(?:\][^]]*|[^]]+)\])"
-_RUN = re.compile(rf"((?<![^/])\*\*/|{_WILDCARD}+)")
-_WILD_SUFFIX = re.compile(rf"\.{_WILDCARD}+$")
-
-
-def _split_name(path: str) -> tuple[str, str]:
-    """`a/b/c` -> `a/b/`, `c`."""
-    start = path.rfind("/") + 1
-    return path[:start], path[start:]
-
-
-def _capture(pattern: str, text: str, root: Path) -> tuple[str, ...]:
-    """What each run of wildcards in a glob stands for in a text that matches the glob."""
-    found = _compile(pattern).fullmatch(text)
-    if not found:
-        raise DataError(
-            f'it is unclear what the wildcards of "{pattern}" stand for in {text}', root, "simplify the glob"
-        )
-    return found.groups()
-
-
-@functools.cache
-def _compile(pattern: str) -> re.Pattern[str]:
-    """A glob as a regular expression with one group for each run of wildcards; wildcards take what they can."""
-    pieces = _RUN.split(pattern)  # literal text and runs of wildcards in turn
-    pieces[::2], pieces[1::2] = map(re.escape, pieces[::2]), map(_translate, pieces[1::2])
-    return re.compile("".join(pieces))
-
-
-def _translate(run: str) -> str:
-    if run == "**/":
-        return "((?:[^/]+/)*)"
-    single = {"*": "[^/]*", "?": "[^/]"}
-    return f"({re.sub(_WILDCARD, lambda found: single.get(found[0], found[0].replace('[!', '[^', 1)), run)})"

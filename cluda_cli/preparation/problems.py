@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Any
 
 EXAMPLES = 3  # files named per kind of problem
-IDS = 12  # raw ids named per kind of problem
+IDS = 4  # raw ids named per kind of problem
 
 
 class Kind(Enum):
@@ -15,14 +15,33 @@ class Kind(Enum):
 
     UNREADABLE = ("files that cannot be read", True, "unpack or download them again")
     DEEP_IMAGE = ("images that are not 8-bit", True, "convert them to 8 bits per channel")
+    NAME = ("file names that are not UTF-8", True, "rename them")
+    EMPTY = ("splits without images", True, "correct the pattern, or take the split out of the description")
     SIZE = ("labels of another size than their image", True, "image and label must have the same height and width")
+    ORIENTATION = (
+        "labels of images that are stored turned",
+        True,
+        "set labels_upright = true in the description if labels lie on the upright images; else remove the orientation "
+        "from the images, as with exiftool -Orientation= FILE",
+    )
     IDS = ("labels with ids outside the class table", True, "each id must name a class or be ignored")
     LOSSY = ("labels in a lossy format", True, "compression changes the ids near edges; export the labels as PNG")
     FORM = ("labels of the wrong form", True, "")
     DUPLICATE = ("images or labels that share a name", True, "it is unclear which label belongs to which image")
     UNPAIRED = ("splits in which no label fits an image", True, "names must agree where the patterns have wildcards")
-    NO_LABEL = ("images without a label", False, "")
+    NO_LABEL = (
+        "images without a label",
+        True,
+        "add the labels; or keep the images as unlabelled with --skip-bad, or in a split without labels",
+    )
+    BLANK = ("splits whose labels hold no class", True, "every pixel is ignored; check the ids")
+    LONE = ("splits whose labels hold one class only", False, "there, the right answer is the same everywhere")
+    REDUCED = ("labels in a wider form than needed, read without loss", False, "")
+    NEAR = ("labels with colours that were read as the nearest listed one", False, "")
     NO_IMAGE = ("labels without an image", False, "")
+    NOT_THERE = ("splits of the publisher that are not there", False, "")
+    LINKED = ("images found again through a link, and taken once", False, "")
+    LOOP = ("links that lead back to a folder on their path, and are not followed", False, "")
     LISTED = ("listed names without an image", False, "")
     SHARED = ("images in two splits", False, "scores on one split would flatter what was trained on the other")
     ABSENT = ("classes that never occur", False, "")
@@ -35,6 +54,11 @@ class Kind(Enum):
     def is_error(self) -> bool:
         """Whether a pair with this problem would train or score on wrong data."""
         return self.value[1]
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether --skip-bad leaves out the files concerned; images that only lack a label are kept."""
+        return self.is_error and self not in {Kind.NO_LABEL, Kind.UNPAIRED}
 
     @property
     def remedy(self) -> str:
@@ -54,11 +78,6 @@ class Problem:
 
     def to_json(self) -> list[Any]:
         return [self.kind.name, self.file, self.detail, self.ids]
-
-    @staticmethod
-    def from_json(row: Sequence[Any]) -> "Problem":
-        kind, file, detail, ids = row
-        return Problem(Kind[kind], file, detail, ids)
 
 
 class BadFile(Exception):  # noqa: N818  it carries a Problem from the reader to the report
@@ -92,7 +111,7 @@ def format_report(problems: Sequence[Problem]) -> list[str]:
 
 
 def describe_ids(ids: dict[str, int]) -> str:
-    """`40 in 12 pixels, 77 in 3 pixels`, the most frequent first."""
+    """`40 in 12 pixels, 77 in 3 pixels`, the most frequent first; at most four."""
     ranked = sorted(ids.items(), key=lambda pair: -pair[1])
     shown = ", ".join(f"{name} in {count} pixel{'s' * (count != 1)}" for name, count in ranked[:IDS])
     return shown + (f" and {len(ranked) - IDS} more ids" if len(ranked) > IDS else "")

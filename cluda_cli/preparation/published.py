@@ -19,8 +19,9 @@ from cluda_cli.data.labels import (
 from cluda_cli.errors import DataError
 from cluda_cli.preparation.archives import Archive
 from cluda_cli.preparation.camvid import CAMVID_COLORS, SEGNET_LABELS, find_camvid_split
+from cluda_cli.preparation.globs import find_files
 from cluda_cli.preparation.label_files import FirstChannelLabels, IdLabels, LabelReader
-from cluda_cli.preparation.pairing import Split, find_files
+from cluda_cli.preparation.pairing import Split
 
 Margins = tuple[int, int, int, int]
 
@@ -36,6 +37,8 @@ class Dataset:
     """How its label files are read; None if it has none."""
     splits: tuple[Split, ...]
     margins: Margins = (0, 0, 0, 0)
+    labels_upright: bool = False
+    """Whether labels lie on the images as their EXIF orientation turns them, where sizes do not tell."""
 
 
 @dataclass(frozen=True)

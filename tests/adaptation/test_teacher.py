@@ -179,6 +179,27 @@ def test_weight_is_one_share_of_the_whole_batch_and_zero_where_invalid() -> None
     torch.testing.assert_close(probability, logits.softmax(1).amax(1) * valid)
 
 
+def test_pseudo_labels_are_corrected_for_class_weights_and_the_network_is_not() -> None:
+    """With weights w the student learns w p / sum(w p); the pseudo-labels are those of p."""
+    weights = torch.tensor([0.5, 4.0])
+    probability = torch.tensor([[0.7, 0.3], [0.2, 0.8]])  # two pixels, two classes
+    tilted = (weights * probability).log().T.view(1, 2, 1, 2)
+
+    class Fixed(TinyNetwork):
+        def forward(self, image: Tensor) -> Output:
+            return Output(tilted, tilted, (), image)
+
+    valid = torch.ones(1, 1, 2)
+    plain = Teacher(Fixed(), settings.Teacher(confidence=0.75))
+    corrected = Teacher(Fixed(), settings.Teacher(confidence=0.75), weights)
+    assert plain.pseudo_labels(torch.zeros(1, 3, 1, 2), valid).label.tolist() == [[[1, 1]]]
+    label, weight, found = corrected.pseudo_labels(torch.zeros(1, 3, 1, 2), valid)
+    assert label.tolist() == [[[0, 1]]] and weight.tolist() == [[[0.5, 0.5]]]
+    torch.testing.assert_close(found, torch.tensor([[[0.7, 0.8]]]))
+    assert torch.equal(corrected.output(torch.zeros(1, 3, 1, 2)).logits, tilted)
+    assert corrected.state_dict().keys() == plain.state_dict().keys()
+
+
 def test_threshold_is_inclusive() -> None:
     weight = label_logits(torch.zeros(1, 2, 2, 2), 0.5, torch.ones(1, 2, 2))[1]
     assert weight.tolist() == [[[1, 1], [1, 1]]]

@@ -112,9 +112,22 @@ def test_every_mixed_pixel_is_wholly_of_the_source_or_of_the_target(batch: Batch
     pasted = mixed.label >= 10  # source labels are 10..18 and 255, pseudo-labels 0..2
     assert 0.2 < pasted.float().mean() < 0.8
     assert torch.equal(mixed.label[pasted], source.label[pasted])
+    assert mixed.truth is not None and torch.equal(mixed.truth, pasted)
+    assert source.truth is not None and bool(source.truth.all())
     assert torch.equal(mixed.image, torch.where(pasted[:, None], source.image, teacher.seen[0]))
     assert torch.equal(mixed.weight, torch.where(pasted, 1, 0.25 * batch["target"].valid))
     assert mixed.image.dtype == mixed.weight.dtype == torch.float32 and mixed.label.dtype == torch.int64
+
+
+def test_source_images_are_augmented_where_wanted(batch: Batch) -> None:
+    plain = views_of(batch, STRONG)
+    changed = STRONG.model_copy(update={"source_jitter_strength": 0.4})
+    strong, again = views_of(batch, changed, step=4), views_of(batch, changed, step=4)
+    assert equal(strong["source"], again["source"])
+    assert not torch.allclose(plain["source"].image, strong["source"].image, atol=0.1)
+    assert torch.equal(plain["source"].label, strong["source"].label)
+    # What is pasted is not augmented twice.
+    assert torch.equal(plain["mixed"].image, views_of(batch, changed)["mixed"].image)
 
 
 def test_teacher_sees_target_images_with_zero_padding(batch: Batch) -> None:

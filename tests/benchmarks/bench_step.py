@@ -28,7 +28,7 @@ from cluda_cli.engine.run import Run
 from cluda_cli.engine.step import training_step
 from cluda_cli.inference.device import pick_device
 from cluda_cli.measure.synthetic import synthetic_source
-from cluda_cli.measure.workload import batch_stream, busiest_step, label_believably, measurable
+from cluda_cli.measure.workload import find_busiest_step, imitate_pseudo_labels, make_measurable, stream_batches
 from cluda_cli.models import decoders
 from cluda_cli.models.multires import MultiResolution
 from cluda_cli.settings import Settings
@@ -107,15 +107,15 @@ def all_off(run: Run) -> Iterator[None]:
 
 def build(settings: Settings, device: torch.device, training: dict[str, Any]) -> tuple[Run, Batch]:
     """A run in which all that begins later has begun, and a batch on its device."""
-    run_settings = measurable(settings, 10**6)
+    run_settings = make_measurable(settings, 10**6)
     seldom = {"log_every": 10**9, "save_every": 10**9, "validate_every": 10**9, "pictures_every": 0}
     changed = run_settings.training.model_copy(update=seldom | training)
     run_settings = run_settings.model_copy(update={"training": changed})
     source = synthetic_source()
     run = Run(run_settings, [source], device)
-    run.step = max(busiest_step(settings), 1)
-    label_believably(run)
-    return run, to_device(next(batch_stream(run_settings, [source], None, run.step, device)), device)
+    run.step = max(find_busiest_step(settings), 1)
+    imitate_pseudo_labels(run)
+    return run, to_device(next(stream_batches(run_settings, [source], None, run.step, device)), device)
 
 
 def step_seconds(run: Run, batch: Batch) -> float:

@@ -8,19 +8,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cluda_cli import presets
 from cluda_cli.adaptation.teacher import Teacher
 from cluda_cli.cli import app
 from cluda_cli.commands import bench as verb
-from cluda_cli.data.index import find
-from cluda_cli.data.streams import batches
-from cluda_cli.measure import workload
-from cluda_cli.measure.synthetic import UNEVENNESS, synthetic_batch, synthetic_labels
-from cluda_cli.measure.workload import busiest_step
 
 TINY = {
     "data": {"crop": [32, 48], "target_box": [48, 80], "workers": 0},
-    "model": {"encoder": "mobilenetv2_050", "weights": "imagenet", "decoder": {"embed_dim": 8, "channels": 8}},
+    "model": {"encoder": "test_efficientnet", "weights": "imagenet", "decoder": {"embed_dim": 8, "channels": 8}},
     "training": {"steps": 4000, "validate_every": 1500, "device": "cpu"},
 }
 
@@ -150,46 +144,10 @@ def test_a_batch_that_does_not_fit_is_told_with_one_that_does(tiny, monkeypatch)
 def test_slow_loading_bounds_the_projection(tiny_settings, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("tiny.json").write_text(tiny_settings.model_dump_json())
-    monkeypatch.setattr(verb, "loading_speed", lambda *_: verb.Loading(processes=2, batches_per_second=0.001))
+    monkeypatch.setattr(verb, "measure_loading", lambda *_: verb.Loading(processes=2, batches_per_second=0.001))
     result = run("--data")
     assert "no step is shorter than 500.000 s, raise data.workers" in result.stdout
     assert "6 steps in 50 min 00 s" in result.stdout
-
-
-def test_what_begins_late_in_a_run_is_measured():
-    assert busiest_step(presets.load(["daformer-cluda"])) == 0
-    assert busiest_step(presets.load(["hrda-cluda"])) == 12001
-    late = ["objectives.pixel_contrast.start=500", "training.steps=1000"]
-    assert busiest_step(presets.load(["hrda-cluda"], None, late)) == 500  # 12001 is beyond the run
-
-
-def test_what_is_measured_costs_the_same_but_learns_nothing():
-    honest = presets.load(["daformer-cluda"])
-    measured = workload.measurable(honest, 50_000)
-    changed = {key for key in honest.model_dump() if honest.model_dump()[key] != measured.model_dump()[key]}
-    assert changed == {"model", "optimizer", "training"}
-    assert (measured.model.weights, measured.training.steps) == (False, 50_000)
-    assert measured.objectives.feature_distance is not None
-
-
-def test_synthetic_labels_are_as_uneven_as_said():
-    labels = synthetic_labels(40, (32, 32), 19, torch.Generator().manual_seed(0))
-    assert labels.shape == (40, 32, 32)
-    shares = torch.bincount(labels.flatten().long(), minlength=19).float() / labels.numel()
-    expected = torch.arange(1, 20).float() ** -UNEVENNESS
-    assert torch.allclose(shares, expected / expected.sum(), atol=0.02)
-    assert float((shares**2).sum()) == pytest.approx(0.25, abs=0.02)
-
-
-def test_a_synthetic_batch_has_the_types_of_a_real_one(tiny_settings):
-    data = tiny_settings.data
-    made = synthetic_batch(data, 19, torch.Generator().manual_seed(0))
-    real = next(batches([find("clean", data.root)], find("noisy", data.root), data, 0, 0, 1))
-    assert made.keys() == real.keys()
-    for name, crops in real.items():
-        for field, other in vars(crops).items():
-            one = getattr(made[name], field)
-            assert (one is None and other is None) or (one.shape, one.dtype) == (other.shape, other.dtype), field
 
 
 @pytest.mark.gpu

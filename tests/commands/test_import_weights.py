@@ -3,6 +3,7 @@
 import json
 import pickle
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from cluda_cli import presets
 from cluda_cli.cli import app
+from cluda_cli.data.labels import CITYSCAPES, ClassTable
 from cluda_cli.files import sha256
 from cluda_cli.inference.weights_file import load_weights
 from cluda_cli.models.multires import build_segmenter
@@ -62,11 +64,11 @@ def published(network: Segmenter, prefix: str = "model.") -> State:
     }
 
 
-def write(file: Path, state: State) -> Path:
-    """As mmcv 1 saves a run that keeps its best score, which numpy 1 wrote."""
+def write(file: Path, state: State, names: Sequence[str] | None = ClassTable(CITYSCAPES).names) -> Path:
+    """As mmcv 1 saves a run that keeps its best score, which numpy 1 wrote; `names` are those of its classes."""
     meta = {
         "env_info": "sys.platform: linux", "config": "seed = 1", "seed": 1, "exp_name": "hrda", "epoch": 1,
-        "iter": 40000, "mmcv_version": "1.3.7", "time": "Tue Feb 15 00:20:56 2022", "CLASSES": ("road", "sidewalk"),
+        "iter": 40000, "mmcv_version": "1.3.7", "time": "Tue Feb 15 00:20:56 2022", "CLASSES": names,
         "PALETTE": [[128, 64, 128]], "hook_msgs": {"best_score": np.float64(0.7379), "best_ckpt": "best_mIoU.pth"},
     }  # fmt: skip
     new = file.with_suffix(".new")
@@ -237,7 +239,7 @@ def test_pickled_code_is_refused_and_not_run(tmp_path, monkeypatch):
     torch.save({"state_dict": state, "meta": {"x": Malicious()}}, "bad.pth")
     result = imported(Path("bad.pth"), "daformer")
     assert result.exit_code == 3
-    assert result.stderr.startswith("error: bad.pth: the file is damaged, or holds more than tensors")
+    assert result.stderr.startswith("error: bad.pth: holds more than tensors: getattr; pickled code is never run\n")
     assert len(result.stderr.splitlines()) == 2
     assert not Path("executed").exists() and not Path("bad.safetensors").exists()
 
@@ -266,8 +268,41 @@ def test_json(tmp_path):
     assert described["parameters"] == sum(p.numel() for p in network.parameters())
 
 
+@pytest.mark.parametrize("preset", ["daformer", "hrda"])
+def test_classes_in_another_order_are_put_into_that_of_the_source(preset, tmp_path):
+    network, names = network_of(preset), list(ClassTable(CITYSCAPES).names)
+    for classifier in network.classifiers().values():  # their biases begin as zeros
+        torch.nn.init.normal_(classifier.bias)
+    turned = [*names[7:], *names[:7]]
+    result = imported(write(tmp_path / "a.pth", published(network), turned), preset)
+    assert result.exit_code == 0, result.stderr
+    assert "another order" in result.stderr
+    deployed = load_weights(tmp_path / "a.safetensors", CPU)
+    rows = [turned.index(name) for name in deployed.classes.names]
+    torch.testing.assert_close(logits_of(deployed.network), logits_of(network)[:, rows], rtol=1e-5, atol=1e-5)
+
+
+def test_classes_of_another_set_are_named_and_nothing_written(tmp_path):
+    names = ["lane" if name == "road" else name for name in ClassTable(CITYSCAPES).names]
+    file = write(tmp_path / "a.pth", published(network_of("daformer")), names)
+    result = imported(file, "daformer")
+    assert result.exit_code == 3
+    assert result.stderr.splitlines() == [
+        f"error: {file}: its classes are others than those of data.source: lane of the file alone; "
+        "road of data.source alone",
+        "  set data.source to a prepared dataset with the classes of the file",
+    ]
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_weights_of_a_run_are_not_imported_again(tmp_path):
+    assert imported(write(tmp_path / "a.pth", published(network_of("daformer"))), "daformer").exit_code == 0
+    again = imported(tmp_path / "a.safetensors", "daformer", "--out", tmp_path / "b.safetensors")
+    assert (again.exit_code, "weights of cluda already" in again.stderr) == (3, True)
+
+
 def test_classes_are_those_of_the_source(tiny_data, tmp_path):
-    file = write(tmp_path / "a.pth", published(network_of("daformer", num_classes=5)))
+    file = write(tmp_path / "a.pth", published(network_of("daformer", num_classes=5)), None)
     result = imported(file, "daformer")
     assert result.exit_code == 3
     assert result.stderr.startswith(f"error: {file}: the network tells 5 classes apart, gta has 19\n")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -16,7 +17,8 @@ from typer.testing import CliRunner
 from cluda_cli.cli import app
 from cluda_cli.commands.prepare import prepare
 from cluda_cli.data.cache import choose_cache
-from cluda_cli.data.index import Index
+from cluda_cli.data.index import Index, find
+from cluda_cli.data.transforms import read_image
 from cluda_cli.errors import DataError, SettingsError
 from cluda_cli.preparation import conversion
 
@@ -82,7 +84,7 @@ def test_writes_an_index_and_train_id_maps(town: Path, capsys: pytest.CaptureFix
     assert [item.label for item in index.split("val")] == [None]
     out = capsys.readouterr().out
     assert "60.00" in out and "40.00" in out
-    assert f"cluda train --source town --target TARGET --data-root {town.parent / 'data'}" in out
+    assert out.endswith("prepare the other domain too, and train with --source and --target\n")
 
 
 def test_a_second_run_does_nothing(town: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,7 +213,7 @@ REPORT = (
     "  train_labels/ids.png: 77 in 2 pixels, 9 in 1 pixel",
     "error: labels in a lossy format: 1",
     "error: labels of the wrong form: 1",
-    "warning: images without a label: 1",
+    "error: images without a label: 1",
     "  train/lonely.png",
     "warning: labels without an image: 1",
     "  train_labels/orphan.png",
@@ -221,7 +223,7 @@ REPORT = (
 @pytest.mark.parametrize("check", [False, True])
 def test_every_problem_is_reported_with_its_count(town: Path, capsys: pytest.CaptureFixture[str], check: bool) -> None:
     spoil(town.parent / "raw")
-    with pytest.raises(DataError, match=r"8 files would spoil training.*--skip-bad"):
+    with pytest.raises(DataError, match=r"9 files would spoil training.*--skip-bad"):
         run(town, check=check)
     lines = capsys.readouterr().out.splitlines()
     for expected in REPORT:
@@ -270,11 +272,11 @@ def test_an_index_does_not_outlive_the_files_it_describes(town: Path) -> None:
 
 def test_many_problems_of_a_kind_are_shortened(town: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for i in range(7):
-        image(town.parent / f"raw/train/x{i}.png")
+        label(town.parent / f"raw/train_labels/x{i}.png", CITY)
     run(town, check=True)
     lines = capsys.readouterr().out.splitlines()
-    start = lines.index("warning: images without a label: 7")
-    assert lines[start + 1 : start + 5] == [*(f"  train/x{i}.png" for i in range(3)), "  and 4 more"]
+    start = lines.index("warning: labels without an image: 7")
+    assert lines[start + 1 : start + 5] == [*(f"  train_labels/x{i}.png" for i in range(3)), "  and 4 more"]
 
 
 def test_classes_that_never_occur_are_reported(town: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,8 +288,158 @@ def test_classes_that_never_occur_are_reported(town: Path, capsys: pytest.Captur
 def test_no_images_is_an_error(town: Path) -> None:
     for path in town.parent.glob("raw/*/*.png"):
         path.unlink()
-    with pytest.raises(DataError, match=r"no images match train/\*\.png, val/\*\.png"):
+    with pytest.raises(DataError, match=r"no images: split train: nothing .*raw/train holds nothing; split val: "):
         run(town)
+
+
+def save_turned(path: Path, size: tuple[int, int], orientation: int) -> None:
+    """A photo of a light upper left corner, stored as some phones do: turned, with a tag."""
+    pixels = np.zeros((*size, 3), dtype=np.uint8)
+    pixels[0, 0] = 255
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    turn = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90}[orientation]
+    stored = Image.fromarray(pixels).transpose(turn)
+    stored.save(path, exif=tags)
+
+
+def test_a_turned_photo_that_fits_its_label_only_upright_is_turned(town: Path) -> None:
+    save_turned(town.parent / "raw/train/b.png", (2, 3), orientation=6)
+    with Image.open(town.parent / "raw/train/b.png") as stored:
+        assert stored.size == (2, 3)  # width, height: on its side
+    index = run(town)
+    assert index.split("train")[1].size == (2, 3)
+    pixels = read_image(index.image_path(index.split("train")[1]))
+    assert pixels.shape == (3, 2, 3) and pixels[0, 0, 0] == 255
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_a_turned_photo_whose_label_could_lie_either_way_is_an_error_until_the_user_says(
+    town: Path, capsys: pytest.CaptureFixture[str], check: bool
+) -> None:
+    save_turned(town.parent / "raw/train/b.png", (2, 3), orientation=3)
+    with pytest.raises(DataError, match="1 file would spoil"):
+        run(town, check=check)
+    out = capsys.readouterr().out
+    assert "error: labels of images that are stored turned: 1; set labels_upright = true" in out
+    assert "EXIF orientation 3, upside down" in out
+    town.write_text("labels_upright = true\n" + DESCRIPTION)
+    index = run(town, check=check)
+    assert read_image(index.image_path(index.split("train")[1]))[0, 0, 0] == 255
+
+
+def test_a_label_drawn_on_the_stored_photo_is_an_error(town: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_turned(town.parent / "raw/train/b.png", (3, 2), orientation=6)
+    with pytest.raises(DataError, match="1 file would spoil"):
+        run(town)
+    expected = "fits the image only as stored, not turned upright (EXIF orientation 6, on its side)"
+    assert expected in capsys.readouterr().out
+
+
+def test_masks_beside_images_are_not_taken_for_images(town: Path) -> None:
+    for name in "abc":
+        label(town.parent / f"raw/train/{name}_mask.png", CITY)
+    town.write_text(DESCRIPTION.replace("train_labels/*.png", "train/*_mask.png"))
+    index = run(town)
+    assert [(item.image, item.pixels) for item in index.split("train")] == [
+        (f"train/{name}.png", {0: 3, 1: 2}) for name in "abc"
+    ]
+
+
+def test_an_image_without_a_label_is_an_error_unless_the_user_says_so(town: Path) -> None:
+    image(town.parent / "raw/train/lonely.png")
+    with pytest.raises(DataError, match="1 file would spoil"):
+        run(town)
+    index = run(town, skip_bad=True)
+    assert [item.label is None for item in index.split("train")] == [False, False, False, True]
+    with pytest.raises(DataError, match="1 file would spoil"):  # also when nothing has changed
+        run(town)
+
+
+def test_a_split_that_vanishes_is_an_error(town: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    town.write_text(DESCRIPTION.replace("val/*.png", "valid/*.png"))
+    with pytest.raises(DataError, match="1 file would spoil"):
+        run(town)
+    out = capsys.readouterr().out
+    assert "error: splits without images: 1" in out
+    assert "  val: there is no folder valid in" in out and "only train, train_labels, val" in out
+    assert list(run(town, skip_bad=True).splits) == ["train"]
+
+
+def test_a_list_with_folders_finds_images_and_labels(town: Path) -> None:
+    (town.parent / "raw/train.txt").write_text("train/a.png\ntrain/c.png\n")
+    town.write_text(DESCRIPTION.replace("[splits.val]", 'list = "train.txt"\n[splits.val]'))
+    assert [item.image for item in run(town).labelled("train")] == ["train/a.png", "train/c.png"]
+
+
+@pytest.mark.parametrize("ids", [5, 255])
+def test_labels_of_one_class_or_none_are_reported(town: Path, capsys: pytest.CaptureFixture[str], ids: int) -> None:
+    for name in "abc":
+        label(town.parent / f"raw/train_labels/{name}.png", [[ids] * 3] * 2)
+    if ids == 255:
+        with pytest.raises(DataError, match="would spoil"):
+            run(town)
+        assert "error: splits whose labels hold no class: 1" in capsys.readouterr().out
+    else:
+        run(town)
+        assert "warning: splits whose labels hold one class only: 1" in capsys.readouterr().out
+
+
+def test_labels_in_a_wider_form_are_read_and_reported(town: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grey = np.array(CITY, dtype=np.uint8)
+    Image.fromarray(grey.astype(np.uint16)).save(town.parent / "raw/train_labels/a.png")
+    Image.fromarray(grey[..., None].repeat(3, 2)).save(town.parent / "raw/train_labels/b.png")
+    index = run(town)
+    assert [item.pixels for item in index.split("train")] == [{0: 3, 1: 2}] * 3
+    assert "warning: labels in a wider form than needed, read without loss: 2" in capsys.readouterr().out
+
+
+def test_a_changed_train_id_map_is_made_again(town: Path) -> None:
+    index = run(town)
+    path = index.label_path(index.split("train")[1])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    run(town)
+    assert path.read_bytes() == whole
+
+
+def test_raw_data_reached_through_a_link_or_moved_are_found(town: Path, tmp_path: Path) -> None:
+    (tmp_path / "far/away").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far/away")
+    (index,) = prepare(str(town), tmp_path / "link/data", workers=1)
+    for folder in (tmp_path / "link/data", tmp_path / "far/away/data"):
+        again = find("town", folder)
+        assert again.image_path(again.split("train")[0]).is_file()
+    shutil.move(tmp_path / "far/away/data", tmp_path / "deep-data")  # without the raw files
+    again = find("town", tmp_path / "deep-data")
+    assert again.image_path(again.split("train")[0]).is_file()
+    again.check_files()
+
+
+def test_a_moved_project_needs_no_other_preparation(
+    town: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "project").mkdir()
+    for name in ("raw", "town.toml"):
+        shutil.move(tmp_path / name, tmp_path / "project" / name)
+    run(tmp_path / "project/town.toml")
+    shutil.move(tmp_path / "project", tmp_path / "elsewhere")
+    index = run(tmp_path / "elsewhere/town.toml")
+    assert "up to date" in capsys.readouterr().out
+    assert index.image_path(index.split("train")[0]).is_file()
+
+
+def test_a_manifest_without_sense_is_as_none(town: Path) -> None:
+    index = run(town)
+    for content in ("[" * 9999, '{"inputs": 3}', '{"inputs": "x", "bad": [1]}', "\0", '{"inputs": "\\udc00"}'):
+        (index.folder / "manifest.json").write_text(content)
+        assert run(town) == index
+
+
+def test_an_archive_that_is_a_pipe_is_an_error_not_a_wait(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "01_images.zip")
+    with pytest.raises(DataError, match="is not a regular file"):
+        prepare("gta", tmp_path, workers=1)
 
 
 def test_names_are_checked(tmp_path: Path) -> None:
@@ -350,7 +502,7 @@ def test_a_relative_data_root_and_the_usual_place(
     label(Path("data/cityscapes/gtFine/train/ulm/ulm_000_gtFine_labelIds.png"), [[7, 7, 7], [26, 26, 0]])
     (index,) = prepare("cityscapes", Path("data"), workers=1)
     assert index == Index.load(Path("data/prepared/cityscapes"))
-    assert capsys.readouterr().out.endswith("next: cluda train --source SOURCE --target cityscapes\n")
+    assert capsys.readouterr().out.endswith("prepare the other domain too, and train with --source and --target\n")
 
 
 def test_processes_give_what_one_process_gives(town: Path, monkeypatch: pytest.MonkeyPatch) -> None:

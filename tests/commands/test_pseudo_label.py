@@ -18,6 +18,7 @@ from cluda_cli.data.index import Index, Item, find
 from cluda_cli.data.labels import CITYSCAPES, IGNORE, ClassTable
 from cluda_cli.data.transforms import read_image
 from cluda_cli.errors import DataError, SettingsError
+from cluda_cli.files import locked
 from cluda_cli.inference.sliding import image_logits
 from cluda_cli.inference.weights_file import NetworkDescription, save_weights
 from cluda_cli.models.segmenter import Segmenter
@@ -31,7 +32,7 @@ SIZES = [(40, 72), (33, 51), (24, 24)]
 def make_network() -> Segmenter:
     """Random, but with predictions of many classes and confidences."""
     torch.manual_seed(0)
-    model = Model(encoder="mobilenetv2_050", weights=False, decoder=Decoder(embed_dim=8, channels=8))
+    model = Model(encoder="test_efficientnet", weights=False, decoder=Decoder(embed_dim=8, channels=8))
     network = Segmenter(model, len(TABLE))
     torch.nn.init.normal_(network.decoder.conv_seg.weight, std=5)
     return network.eval()
@@ -40,7 +41,7 @@ def make_network() -> Segmenter:
 def make_checkpoint(root: Path, margins: tuple[int, int, int, int] | None = None) -> Path:
     settings = Settings(
         data=Data(target="toy", root=root, target_box=(32, 64), target_margins=margins),
-        model=Model(encoder="mobilenetv2_050", weights=False, decoder=Decoder(embed_dim=8, channels=8)),
+        model=Model(encoder="test_efficientnet", weights=False, decoder=Decoder(embed_dim=8, channels=8)),
         objectives=Objectives(feature_distance=None),
     )
     path = root / "run" / "best.safetensors"
@@ -203,7 +204,7 @@ def test_taken_folder_is_refused_and_kept(checkpoint: Path, data: Index, tmp_pat
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "thesis.txt").write_text("mine")
-    with pytest.raises(SettingsError, match="not empty"):
+    with pytest.raises(SettingsError, match="something other than pseudo-labels"):
         pseudo_label(checkpoint, device="cpu", out=taken)
     assert [path.name for path in taken.iterdir()] == ["thesis.txt"]
     with pytest.raises(SettingsError, match="something other than pseudo-labels"):
@@ -224,3 +225,33 @@ def test_failed_run_leaves_no_dataset(checkpoint: Path, data: Index) -> None:
     folder = checkpoint.parent / "pseudo-labels" / "toy-train"
     assert not (folder / "index.json").exists()
     assert json.loads((folder / "manifest.json").read_text()) == {"kind": "pseudo-labels"}
+
+
+@pytest.mark.parametrize("left", [[".cluda-abcd1234.tmp.json"], [".cluda-lock"], ["manifest.json"]], ids=str)
+def test_what_an_interrupted_call_began_is_taken_over(
+    checkpoint: Path, data: Index, tmp_path: Path, left: list[str]
+) -> None:
+    out = tmp_path / "out"
+    (out / "labels").mkdir(parents=True) if left == ["manifest.json"] else out.mkdir()
+    for name in left:
+        (out / name).write_text('{"kind": "pseudo-labels"}')
+    pseudo_label(checkpoint, threshold=0, device="cpu", out=out)
+    assert Index.load(out).split("train") and not list(out.rglob(".cluda-*"))
+
+
+def test_two_calls_do_not_write_into_one_folder(checkpoint: Path, data: Index, tmp_path: Path) -> None:
+    with locked(tmp_path / "out", ""), pytest.raises(SettingsError, match="another process"):
+        pseudo_label(checkpoint, device="cpu", out=tmp_path / "out", overwrite=True)
+
+
+def test_the_next_command_can_be_parsed_as_it_is_printed(
+    checkpoint: Path, data: Index, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (checkpoint.parent / "settings.json").touch()
+    out = tmp_path / "with space"
+    pseudo_label(checkpoint, threshold=0, device="cpu", out=out)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("next: ")]
+    assert shlex.split(line.removeprefix("next: ")) == [
+        "cluda", "train", "--preset", str(checkpoint.parent / "settings.json"), "--source", str(out), "--target", "toy",
+        "--data-root", str(tmp_path),
+    ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Which cache is chosen, and that it never gives pixels of files that have changed."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,26 @@ def test_reading_maps_the_file_and_changes_nothing(noise_index: Index, store_noi
     before = (cache.folder / "train/town/0-k0-1.ppm").read_bytes()
     cache.image(item).zero_()  # copy-on-write
     assert (cache.folder / "train/town/0-k0-1.ppm").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["cache.json", "../../manifest.json"])
+def test_a_cache_whose_files_hold_nonsense_is_none(store_noise: Store, name: str) -> None:
+    path = (folder := store_noise((40, 50)).folder) / name
+    whole = json.loads(path.read_text())
+    assert read_cache(folder)
+    wrong = ["[" * 9999, "7", "\0", *(json.dumps(whole | {key: 1.5}) for key in whole)]
+    wrong += [json.dumps(whole | {"box": box}) for box in ([0, 1], ["a", 2], [10**400, 1])] if "box" in whole else []
+    for content in wrong:
+        path.write_text(content)
+        assert read_cache(folder) is None, content
+
+
+def test_a_pipe_in_the_cache_is_an_error_not_a_wait(noise_index: Index, store_noise: Store) -> None:
+    cache, item = store_noise((40, 50)), noise_index.split("train")[1]
+    (cache.folder / "train/1-k1-1.ppm").unlink()
+    os.mkfifo(cache.folder / "train/1-k1-1.ppm")
+    with pytest.raises(DataError, match="missing"):
+        cache.image(item)
 
 
 def test_a_folder_without_a_cache_is_none(tmp_path: Path) -> None:

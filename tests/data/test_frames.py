@@ -11,6 +11,7 @@ import torch
 from cluda_cli.data.cache import Box, Cache
 from cluda_cli.data.frames import Frames
 from cluda_cli.data.index import Index
+from cluda_cli.data.labels import CITYSCAPES, ClassTable
 from cluda_cli.data.sampling import Crop
 from cluda_cli.data.transforms import read_image, resize_image
 from cluda_cli.errors import DataError
@@ -67,3 +68,14 @@ def test_size_that_differs_from_the_index_is_refused(noise_index: Index) -> None
         Frames(noise_index, None).image(item, CROPS[0])
     with pytest.raises(DataError, match=r"the label is 60 x 90, the index says 61 x 90"):
         Frames(noise_index, None).label(item)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_label_with_an_id_beyond_the_classes_is_an_error(
+    noise_index: Index, store_noise: Store, cached: bool
+) -> None:
+    index = dataclasses.replace(noise_index, classes=ClassTable(CITYSCAPES[:4]))  # the labels hold 0..4
+    if cached:
+        store_noise(None)
+    with pytest.raises(DataError, match=r"0_label\.png: the label holds 4; train ids are 0\.\.3 and 255"):
+        Frames(index, None).label(index.split("train")[0])

@@ -1,12 +1,11 @@
 """Two processes compute what one computes with the joint batch."""
 
 import copy
+import errno
 import json
-import os
+import pickle
 import runpy
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,42 +15,22 @@ from timm.layers import SyncBatchNormAct
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import cluda_cli
 from cluda_cli import presets
 from cluda_cli.commands.train import train
 from cluda_cli.distributed import collectives
 from cluda_cli.distributed.place import Place
-from cluda_cli.errors import SettingsError
+from cluda_cli.errors import DataError, SettingsError
 from cluda_cli.models.encoders import build_encoder
 from cluda_cli.models.mit import VARIANTS
 from cluda_cli.models.segmenter import Segmenter
 
 WORKER = Path(__file__).parent / "two_processes.py"
-ROOT = str(Path(cluda_cli.__file__).parents[1])
+TIMEOUT = 600  # seconds, for machines with much else to do
 SECOND_OF_TWO = Place(rank=1, local_rank=1, world_size=2, prints=False)
 
 
 def changed(settings, tree):
     return presets.validate(presets.merge(settings.model_dump(mode="json"), tree))
-
-
-def run_two_processes(command):
-    """Run a command in two processes, as torchrun does; gives their exit codes and what they wrote to stderr."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
-    shared |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(command, env=shared | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
-        for rank in "01"
-    ]
-    try:
-        said = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [process.returncode for process in processes], said
 
 
 # No batch norms, because torch does not synchronise them on CPUs, and no dropout, whose masks depend on the rank.
@@ -61,6 +40,10 @@ CLUDA = {
     "teacher": {"confidence": 0.21},
     "optimizer": {"warmup": 0},
     "mixing": {"jitter_probability": 1.0, "blur_probability": 1.0},
+    "objectives": {
+        "source": {"hard_pixels": {}},
+        "anchor_contrast": {"projection_dim": 8, "anchors": 3, "max_anchors": 40, "min_probability": 0.2},
+    },
 }
 MIC = {
     "data": {"batch_size": 2, "crop": [128, 128]},
@@ -84,7 +67,7 @@ def with_biases(settings, path):
 
 
 @pytest.mark.slow
-def test_two_processes_compute_what_one_does(tiny_settings, tmp_path, monkeypatch):
+def test_two_processes_compute_what_one_does(tiny_settings, tmp_path, monkeypatch, start_forked):
     """Terms, gradients, parameters, buffers, teacher, moments and scores, replicated and sharded."""
     worker = runpy.run_path(str(WORKER))
     monkeypatch.setitem(VARIANTS, "mit_b0", worker["NARROW"])
@@ -95,8 +78,12 @@ def test_two_processes_compute_what_one_does(tiny_settings, tmp_path, monkeypatc
         sharded = changed(settings, {"training": {"shard": True}})
         (tmp_path / f"{name}-sharded.json").write_text(sharded.model_dump_json())
     runs = [f"{name}{kind}" for name in cases for kind in ("", "-sharded")]
-    codes, said = run_two_processes([sys.executable, str(WORKER), str(tmp_path), *runs])
-    assert codes == [0, 0], said
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    processes = [start_forked(WORKER, tmp_path, *runs, RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01"]
+    said = [process.communicate(TIMEOUT)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
     for name, settings in cases.items():
         expected = worker["outcome"](settings)
         assert all(value > 0 for value in expected["terms 1"].values())
@@ -119,6 +106,63 @@ def test_images_are_shared_out_evenly_or_not_at_all(monkeypatch):
         collectives.local_positions(3)
     with pytest.raises(SettingsError, match='"cuda:1" is one device'):
         collectives.local_device("cuda:1")
+
+
+@pytest.fixture
+def fail_on_rank_1(monkeypatch):
+    """Enter `fail_together` as rank 1 of 2 and raise `own` there, while rank 0 raises `other`."""
+
+    def fail(own, other):
+        def gather(copies, mine):
+            sent = [other and collectives._copy_for_other_ranks(other), mine]
+            copies[:] = pickle.loads(pickle.dumps(sent))
+
+        monkeypatch.setattr(collectives, "_place", SECOND_OF_TWO)
+        monkeypatch.setattr(collectives, "any_rank", lambda failed: failed or other is not None)
+        monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+        with collectives.fail_together():
+            if own:
+                raise own
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        DataError("cannot be read", "a.png", "copy it again"),
+        OSError(errno.ENOSPC, "No space left on device", "a.png"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        KeyError("a"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_all_ranks_raise_the_error_of_one(fail_on_rank_1, error):
+    with pytest.raises(type(error)) as caught:
+        fail_on_rank_1(None, error)
+    assert type(caught.value) is type(error)
+    assert str(caught.value) == str(error)
+    assert vars(caught.value).items() >= vars(error).items()
+    assert any("raised by rank" in note for note in caught.value.__notes__)
+
+
+def test_the_rank_that_failed_raises_its_own_error_and_of_two_the_lower_rank_decides(fail_on_rank_1):
+    own = OSError("mine")
+    with pytest.raises(OSError, match="mine") as caught:
+        fail_on_rank_1(own, None)
+    assert caught.value is own
+    with pytest.raises(DataError, match="theirs"):
+        fail_on_rank_1(own, DataError("theirs"))
+    fail_on_rank_1(None, None)
+
+
+def test_an_error_that_cannot_be_sent_keeps_its_text(fail_on_rank_1):
+    class FussyError(Exception):
+        def __init__(self, code, text):
+            super().__init__(f"{code}: {text}")
+
+    with pytest.raises(RuntimeError, match="7: odd"):
+        fail_on_rank_1(None, FussyError(7, "odd"))
 
 
 def test_one_process_needs_no_others(tiny_settings, tmp_path, monkeypatch):

@@ -22,17 +22,17 @@ from cluda_cli.engine.state_file import load_state
 from cluda_cli.errors import DataError, EnvironmentProblem
 
 ROOT = str(Path(cluda_cli.__file__).parents[1])
-DEVICES = ("-m", "cluda_cli")
+CLUDA = ("-m", "cluda_cli")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "cluda_cli")
-TIMEOUT = 300  # seconds, for machines with much else to do
+TIMEOUT = 600  # seconds, for machines with much else to do
 
 
 def changed(settings, tree):
     return presets.validate(presets.merge(settings.model_dump(mode="json"), tree))
 
 
-def start(folder, *options, runner=DEVICES):
-    """`cluda train` in a process of its own."""
+def start(folder, *options, runner):
+    """`cluda train` by a new interpreter."""
     command = [sys.executable, *runner, "train", "--run", str(folder), *options]
     environment = os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -79,14 +79,20 @@ STEADY = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", [False, True], ids=["replicated", "sharded"])
-def test_a_run_goes_on_with_another_number_of_processes(tiny_settings, tmp_path, shard):
-    """One, two and one again give what one gives, and the first process alone writes and talks."""
+def test_a_run_goes_on_with_another_number_of_processes(tiny_settings, tmp_path, start_forked, shard):
+    """One, two and one again give what one gives, and the first process alone writes and talks.
+
+    The replicated run is started as a user starts it; the others of this file are forked.
+    """
     settings = changed(tiny_settings, STEADY)
     at = {steps: changed(settings, {"training": {"steps": steps}}) for steps in (2, 6)}
     train(at[6], tmp_path / "whole")
     train(at[2], tmp_path / "parts")
     options = ["--resume", "--steps", "4", "--devices", "2", "--set", f"training.shard={str(shard).lower()}"]
-    process = start(tmp_path / "parts", *options)
+    if shard:
+        process = start_forked("cluda", "train", "--run", tmp_path / "parts", *options)
+    else:
+        process = start(tmp_path / "parts", *options, runner=CLUDA)
     said, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, said
     for talk in ("on 2 x cpu", "objectives:", "resuming after step 2", "step 4: noisy val mIoU", "done in"):
@@ -117,16 +123,19 @@ def break_a_file_of_the_second_process(settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("runner", [DEVICES, TORCHRUN], ids=["devices", "torchrun"])
-def test_what_fails_in_one_process_is_told_once(tiny_settings, tmp_path, runner):
+@pytest.mark.parametrize("runner", ["devices", "torchrun"])
+def test_what_fails_in_one_process_is_told_once(tiny_settings, tmp_path, start_forked, runner):
     broken = break_a_file_of_the_second_process(tiny_settings)
     options = [*preset(tiny_settings, tmp_path / "settings.json"), "--devices", "2"]
-    process = start(tmp_path / "x", *options, runner=runner)
+    if runner == "devices":
+        process = start_forked("cluda", "train", "--run", tmp_path / "x", *options)
+    else:
+        process = start(tmp_path / "x", *options, runner=TORCHRUN)
     said, _ = process.communicate(timeout=TIMEOUT)
     assert said.count("error:") == said.count(broken.name) == 1, said
     assert said.count("warning: batch norms are synchronised on GPUs only") == 1
     assert saved(tmp_path / "x")["step"] == 0
-    if runner == DEVICES:
+    if runner == "devices":
         assert process.returncode == 3
         assert "Traceback" not in said
 
@@ -145,12 +154,18 @@ def ranks(process):
     return [int(child) for child in children[-2:]]
 
 
-def begin(tiny_settings, tmp_path, **changes):
-    """A run of two processes that has made its first step, and its folder."""
-    settings = changed(tiny_settings, {"training": {"steps": 10_000}} | changes)
-    process = start(tmp_path / "x", *preset(settings, tmp_path / "settings.json"), "--devices", "2")
-    wait_for_steps(process, tmp_path / "x")
-    return process, tmp_path / "x"
+@pytest.fixture
+def begin(tiny_settings, tmp_path, start_forked):
+    """Start a run of two processes and wait for its first step; gives its process and folder."""
+
+    def arrange(**changes):
+        settings = changed(tiny_settings, {"training": {"steps": 10_000}} | changes)
+        options = [*preset(settings, tmp_path / "settings.json"), "--devices", "2"]
+        process = start_forked("cluda", "train", "--run", tmp_path / "x", *options)
+        wait_for_steps(process, tmp_path / "x")
+        return process, tmp_path / "x"
+
+    return arrange
 
 
 def assert_stopped_and_saved(folder, said):
@@ -160,8 +175,8 @@ def assert_stopped_and_saved(folder, said):
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_all_processes_after_one_step(tiny_settings, tmp_path):
-    process, folder = begin(tiny_settings, tmp_path, data={"workers": 1})
+def test_ctrl_c_stops_all_processes_after_one_step(begin):
+    process, folder = begin(data={"workers": 1})
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 130, said
@@ -169,8 +184,8 @@ def test_ctrl_c_stops_all_processes_after_one_step(tiny_settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_second_request_ends_processes_that_do_not_answer(tiny_settings, tmp_path):
-    process, _ = begin(tiny_settings, tmp_path)
+def test_a_second_request_ends_processes_that_do_not_answer(begin):
+    process, _ = begin()
     frozen = ranks(process)[1]
     os.kill(frozen, signal.SIGSTOP)  # the other rank waits for it in a collective
     process.send_signal(signal.SIGTERM)
@@ -182,16 +197,16 @@ def test_a_second_request_ends_processes_that_do_not_answer(tiny_settings, tmp_p
 
 
 @pytest.mark.slow
-def test_the_processes_stop_and_save_when_their_launcher_is_killed(tiny_settings, tmp_path):
-    process, folder = begin(tiny_settings, tmp_path)
+def test_the_processes_stop_and_save_when_their_launcher_is_killed(begin):
+    process, folder = begin()
     process.kill()
     said, _ = process.communicate(timeout=TIMEOUT)  # ends when no process holds the pipe any more
     assert_stopped_and_saved(folder, said)
 
 
 @pytest.mark.slow
-def test_a_killed_process_takes_the_others_with_it(tiny_settings, tmp_path):
-    process, _ = begin(tiny_settings, tmp_path)
+def test_a_killed_process_takes_the_others_with_it(begin):
+    process, _ = begin()
     os.kill(ranks(process)[1], signal.SIGKILL)
     said, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 4
@@ -202,7 +217,7 @@ def test_a_killed_process_takes_the_others_with_it(tiny_settings, tmp_path):
 @pytest.mark.slow
 def test_an_error_that_nobody_foresaw_keeps_its_traceback():
     code = "from functools import partial; from cluda_cli.distributed.launch import launch; "
-    command = [sys.executable, "-c", code + "raise SystemExit(launch(2, partial(int, 'x')))"]
+    command = [sys.executable, "-c", code + "raise SystemExit(launch(1, partial(int, 'x')))"]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True, text=True)
     assert done.returncode == 1
     assert "ValueError: invalid literal for int()" in done.stderr

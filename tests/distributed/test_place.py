@@ -1,6 +1,8 @@
-"""The environment variables of torchrun say which rank a process is."""
+"""The environment variables of torchrun say which rank a process is, the scheduler on how many cores it runs."""
 
-from cluda_cli.distributed.place import Place, read_place
+import os
+
+from cluda_cli.distributed.place import Place, read_place, usable_cores
 
 
 def test_the_place_is_what_torchrun_says(monkeypatch):
@@ -13,3 +15,13 @@ def test_the_place_is_what_torchrun_says(monkeypatch):
     assert read_place() == Place(rank=0, local_rank=1, world_size=2, prints=True)
     monkeypatch.delenv("RANK")
     assert read_place() is None
+
+
+def test_usable_cores_are_those_that_the_scheduler_allows(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 7}, raising=False)
+    assert usable_cores() == 2
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    assert usable_cores() == 64
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert usable_cores() == 1

@@ -9,13 +9,16 @@ from cluda_cli.data.labels import CITYSCAPES, ClassTable, LabelClass
 from cluda_cli.data.streams import batches
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.start import start_from
+from cluda_cli.engine.state_file import load_state, save_state
 from cluda_cli.engine.step import training_step
 from cluda_cli.errors import SettingsError
 from cluda_cli.inference.weights_file import NetworkDescription, save_weights
 from cluda_cli.models.multires import build_segmenter
+from cluda_cli.models.normalisation import Normalisation
 
 CPU = torch.device("cpu")
 NAMES = ("car", "sky", "tram")  # of the file, in an order of its own
+HALF = Normalisation((127.5, 127.5, 127.5), (63.75, 63.75, 63.75))  # of the file; the encoder's own is another one
 
 
 def table(*names):
@@ -41,7 +44,7 @@ def weights(tiny_settings, tmp_path):
     described = NetworkDescription(
         settings=tiny_settings, classes=table(*NAMES), seen=NAMES, network_name="student", step=9
     )
-    save_weights(path, network.state_dict(), described, normalisation=network.normalisation)
+    save_weights(path, network.state_dict(), described, normalisation=HALF)
     return path, network.state_dict()
 
 
@@ -69,6 +72,23 @@ def test_a_resumed_run_does_not_need_the_file(tiny_settings, weights):
     run = Run(settings, [find("clean", settings.data.root)], CPU, resumed=True)
     run.load_state_dict(state)
     assert all(torch.equal(v, state["student"][k]) for k, v in run.student.state_dict().items())
+
+
+def test_a_resumed_run_keeps_the_normalisation_of_the_start_file(tiny_settings, weights, tmp_path):
+    """One step, a save, and one step more equal two steps to the last bit."""
+    settings = changed(tiny_settings, {"model": {"start": str(weights[0])}})
+    source, target = (find(name, settings.data.root) for name in ("clean", "noisy"))
+    first, second = batches([source], target, settings.data, 0, 0, 2)
+    whole = start(settings)
+    training_step(whole, first)
+    save_state(tmp_path / "state.pt", whole.state_dict())
+    resumed = Run(settings, [source], CPU, resumed=True)
+    assert resumed.student.normalisation != HALF
+    resumed.load_state_dict(load_state(tmp_path / "state.pt"))
+    assert resumed.student.normalisation == resumed.teacher.network.normalisation == HALF
+    terms, expected = training_step(resumed, second).terms, training_step(whole, second).terms
+    assert terms == expected
+    assert all(torch.equal(v, whole.student.state_dict()[k]) for k, v in resumed.student.state_dict().items())
 
 
 def test_another_network_or_no_common_class_is_refused(tiny_settings, weights):

@@ -2,12 +2,14 @@
 
 import os
 import pickle
+import random
 
 import pytest
 import torch
 
 from cluda_cli.engine.state_file import load_state, save_state
 from cluda_cli.errors import DataError, EnvironmentProblem
+from cluda_cli.inference.checksum import checksum
 
 
 def test_state_round_trips(tmp_path):
@@ -31,6 +33,41 @@ def test_state_that_would_execute_code_is_refused(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
         load_state(path)
     assert not (tmp_path / "executed").exists()
+
+
+def test_every_change_of_a_byte_is_noticed_or_changes_nothing(tmp_path):
+    path, draw = tmp_path / "state.pt", random.Random(0)
+    state = {"step": 3, "best": {"miou": 1.5, "step": 2}, "student": {"w": torch.arange(64.0)}, "optimizer": [1, (2,)]}
+    save_state(path, state)
+    whole, refused = path.read_bytes(), 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            assert checksum(load_state(path)) == checksum(state)  # as in the zip's padding and times
+        except DataError:
+            refused += 1
+    assert refused > 20
+    damaged = bytearray(whole)
+    damaged[whole.index(torch.arange(64.0).numpy().tobytes()) + 100] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(DataError, match="damaged after it was written"):
+        load_state(path)
+
+
+def test_a_state_of_an_earlier_version_has_no_checksum_and_is_read(tmp_path):
+    torch.save({"step": 3}, tmp_path / "state.pt")
+    assert load_state(tmp_path / "state.pt") == {"step": 3}
+
+
+def test_what_is_no_state_is_one_clear_message(tmp_path):
+    itself = {"checksum": "0"}
+    itself["state"] = itself
+    for content in ([1, 2], 7, None, itself, {"state": 3, "checksum": []}, {"state": {"step": 3}}):
+        torch.save(content, tmp_path / "state.pt")
+        with pytest.raises(DataError, match=r"cannot be read|damaged"):
+            load_state(tmp_path / "state.pt")
 
 
 def test_missing_and_damaged_state_are_told_apart(tmp_path):

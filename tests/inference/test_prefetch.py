@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ def test_prefetch_keeps_order_and_reads_only_a_few_items_ahead() -> None:
 
     results = prefetch(slow_first, items())
     assert next(results) == 0
-    assert len(taken) <= 2 * prefetch_module.THREADS
+    assert len(taken) <= 2 * prefetch_module.MOST_THREADS
     assert list(results) == [i * i for i in range(1, 30)]
 
 
@@ -63,7 +64,22 @@ def test_prefetch_raises_at_the_item_and_begins_no_other() -> None:
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match="three"):
         next(results)
-    assert max(begun) <= 3 + prefetch_module.THREADS
+    assert max(begun) <= 3 + prefetch_module.MOST_THREADS
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(1, 4), (6, 6), (64, 16)])
+def test_prefetch_starts_a_thread_for_each_usable_core(monkeypatch, cores: int, threads: int) -> None:
+    started: list[int] = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, count: int) -> None:
+            started.append(count)
+            super().__init__(count)
+
+    monkeypatch.setattr(prefetch_module, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(prefetch_module, "usable_cores", lambda: cores)
+    assert list(prefetch(abs, [-1, -2])) == [1, 2]
+    assert started == [threads]
 
 
 def test_png_round_trip(tmp_path: Path) -> None:

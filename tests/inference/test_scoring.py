@@ -32,7 +32,7 @@ def index(tiny_data: Path) -> Index:
 def make_network(num_classes: int = 5) -> Segmenter:
     """Random, with predictions of several classes."""
     torch.manual_seed(0)
-    model = Model(encoder="mobilenetv2_050", weights=False, decoder=Decoder(embed_dim=8, channels=8))
+    model = Model(encoder="test_efficientnet", weights=False, decoder=Decoder(embed_dim=8, channels=8))
     network = Segmenter(model, num_classes)
     torch.nn.init.normal_(network.decoder.conv_seg.weight, std=20)
     return network
@@ -145,6 +145,12 @@ def test_classes_of_one_side_are_named(index: Index, capsys: pytest.CaptureFixtu
     unknown, unscored = capsys.readouterr().err.splitlines()
     assert unknown == "warning: only the dataset has these classes, so the network can only err on them: unicorn"
     assert unscored == "warning: only the network has these classes, so they are not scored: sky, person, car"
+
+
+def test_one_common_class_gives_a_perfect_score_for_nothing(index: Index, capsys: pytest.CaptureFixture[str]) -> None:
+    compare_classes(ClassTable((index.classes.classes[1], UNICORN)), index.classes)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "warning: only building is scored: a network that predicts it everywhere would have an IoU of 100"
 
 
 def test_no_common_class_is_a_data_error(index: Index) -> None:

@@ -5,12 +5,12 @@ import torch
 
 from cluda_cli.engine.run import Run
 from cluda_cli.measure.synthetic import synthetic_batch, synthetic_source
-from cluda_cli.measure.workload import measurable
+from cluda_cli.measure.workload import make_measurable
 
 
 @pytest.fixture
 def run(tiny_settings):
-    return Run(measurable(tiny_settings, 1), [synthetic_source()], torch.device("cpu"))
+    return Run(make_measurable(tiny_settings, 1), [synthetic_source()], torch.device("cpu"))
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cluda_cli.measure import costs
-from cluda_cli.measure.costs import MemoryWatch, Spread, largest_batch, step_fits, step_times
+from cluda_cli.measure.costs import MemoryWatch, Spread, find_largest_batch, step_fits, time_steps
 
 CPU = torch.device("cpu")
 
@@ -17,20 +17,20 @@ def test_spread():
 @pytest.mark.parametrize("limit", [0, 1, 2, 3, 7, 8, 11, 15])
 def test_the_largest_batch_is_found_exactly_while_batches_are_small(start, limit):
     tried = []
-    assert largest_batch(lambda images: tried.append(images) or images <= limit, start) == limit
+    assert find_largest_batch(lambda images: tried.append(images) or images <= limit, start) == limit
     assert len(tried) == len(set(tried))
     assert min(tried) > 0
 
 
 @pytest.mark.parametrize("limit", [33, 100, 255])
 def test_large_batches_are_found_to_within_an_eighth(limit):
-    found = largest_batch(lambda images: images <= limit, 2)
+    found = find_largest_batch(lambda images: images <= limit, 2)
     assert limit * 7 / 8 - 1 <= found <= limit
 
 
 def test_no_batch_beyond_the_bound_is_tried():
     tried = []
-    assert largest_batch(lambda images: tried.append(images) or True, 3, most=20) == 20
+    assert find_largest_batch(lambda images: tried.append(images) or True, 3, most=20) == 20
     assert tried == [3, 6, 12, 20]
 
 
@@ -50,7 +50,7 @@ def test_a_step_of_another_batch_size_is_tried(run, batch, monkeypatch):
 
 def test_steps_are_timed_one_by_one(run, batch):
     done = []
-    times = step_times(run, iter([batch] * 2), 2, lambda: done.append(run.step))
+    times = time_steps(run, iter([batch] * 2), 2, lambda: done.append(run.step))
     assert done == [1, 2]
     assert len(times) == 2
     assert min(times) > 0

@@ -13,7 +13,7 @@ from cluda_cli.engine.run import Run
 from cluda_cli.engine.step import training_step
 from cluda_cli.measure.spans import OTHER, SpanClock
 from cluda_cli.measure.synthetic import synthetic_source
-from cluda_cli.measure.workload import measurable
+from cluda_cli.measure.workload import make_measurable
 from cluda_cli.spans import span
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def test_an_inner_span_is_no_time_of_the_outer_one_and_all_add_up(ticks):
 
 
 def test_timing_changes_no_result_and_leaves_nothing_behind(tiny_settings, batch):
-    plain, timed = (Run(measurable(tiny_settings, 1), [synthetic_source()], CPU) for _ in range(2))
+    plain, timed = (Run(make_measurable(tiny_settings, 1), [synthetic_source()], CPU) for _ in range(2))
     with SpanClock(CPU).time_step():
         training_step(timed, batch)
     training_step(plain, batch)

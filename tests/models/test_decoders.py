@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cluda_cli.models.decoders import DAFormerDecoder, DeepLabV2Decoder
-from cluda_cli.settings import Decoder, DeepLabV2
+from cluda_cli.models.decoders import DAFormerDecoder, DeepLabV2Decoder, PyramidDecoder, build_decoder
+from cluda_cli.settings import Decoder, DeepLabV2, Model, Pyramid
 
 B0 = (32, 64, 160, 256)
 
@@ -150,3 +150,34 @@ def test_light_decoder_has_the_parameters_of_the_scale_attention():
     with torch.device("meta"):
         decoder = DAFormerDecoder(light, (64, 128, 320, 512), num_classes=19)
     assert sum(p.numel() for p in decoder.parameters()) == 530_707
+
+
+def test_pyramid_sums_from_the_coarsest_map_to_the_finest():
+    torch.manual_seed(0)
+    decoder = PyramidDecoder(Pyramid(channels=8, dropout=0.5), B0, num_classes=5).eval()
+    for norm in (module for module in decoder.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        torch.nn.init.uniform_(norm.running_mean, -0.2, 0.2)
+    maps = [torch.randn(2, channels, -(-18 // 2**i), -(-25 // 2**i)) for i, channels in enumerate(B0)]
+    logits, fused = decoder(maps)
+    assert logits.shape == (2, 5, 18, 25) and fused.shape == (2, 8, 18, 25)
+    torch.testing.assert_close(decoder.conv_seg(fused), logits)
+
+    def embed(i):
+        layer = decoder.embed_layers[i]
+        return F.relu(layer.bn(F.conv2d(maps[i], layer.proj.weight[:, :, None, None])))
+
+    expected = embed(3)
+    for i in (2, 1, 0):
+        unit = decoder.fuse_layers[i]
+        coarse = F.interpolate(expected, maps[i].shape[2:], mode="bilinear", align_corners=False)
+        expected = F.relu(unit.bn(F.conv2d(embed(i) + coarse, unit.conv.weight, padding=1)))
+    torch.testing.assert_close(fused, expected)
+    assert decoder.classifiers() == [decoder.conv_seg]
+
+
+def test_the_settings_choose_the_decoder():
+    chosen = {
+        kind: type(build_decoder(Model(**({kind: True} if kind else {})), B0, 5)) for kind in ("", "deeplab", "pyramid")
+    }
+    assert chosen == {"": DAFormerDecoder, "deeplab": DeepLabV2Decoder, "pyramid": PyramidDecoder}
+    assert type(build_decoder(Model(deeplab=True, pyramid=True), B0, 5)) is DeepLabV2Decoder

@@ -39,6 +39,7 @@ READS_OUTPUT = {
     "masked": ({"logits"}, {"logits", "detail logits"}),
     "feature_distance": ({"map 3"}, {"map 3"}),
     "pixel_contrast": ({"features"}, {"features", "detail features"} | MAPS),
+    "anchor_contrast": ({"features"}, {"features"}),
 }
 
 
@@ -109,8 +110,9 @@ def make_view(name: str, resolutions: int = 1) -> View:
     label = torch.tensor([13, 10, 11])[torch.arange(side) // (24 * resolutions)].expand(2, side, side).clone()
     label[1, side // 2 :] = 13
     label[:, : side // 2, : side // 2] = 255
-    weight, probability = (torch.full((2, side, side), 1.0 if name == "source" else value) for value in (0.5, 0.9))
-    return View(name, torch.randn(2, 3, side, side, generator=generator), label, weight, probability)
+    weight, probability = (torch.full((2, side, side), 1.0 if name == "source" else value) for value in (0.5, 0.97))
+    image = torch.randn(2, 3, side, side, generator=generator)
+    return View(name, image, label, weight, probability, seed=torch.tensor([3, 4]))
 
 
 def see(group: tuple[str, ...], resolutions: int = 1, cells: int = CELL) -> list[Seen]:
@@ -244,7 +246,7 @@ def test_weightless_pixels_do_not_matter(name: str, resolutions: int) -> None:
 @contract
 def test_order_of_images_does_not_matter(name: str, group: tuple[str, ...], resolutions: int) -> None:
     objective, seen = objectives(resolutions)[name], see(group, resolutions)
-    maps = ("image", "label", "weight", "probability")
+    maps = ("image", "label", "weight", "probability", "seed")
     turned = [
         Seen(flipped(output), replace(view, **{name: getattr(view, name).flip(0) for name in maps}))
         for output, view in seen
@@ -285,14 +287,15 @@ def test_state_survives_a_round_trip(name: str, group: tuple[str, ...], resoluti
 
 
 def test_what_is_saved() -> None:
-    """With one resolution nothing; with two the head of the contrast, which learns."""
-    assert not objectives(1).state_dict()
-    assert not list(objectives(1).parameters())
+    """The heads of the contrasts, which learn; that of the pixel contrast exists with two resolutions alone."""
     one, other = objectives(2), objectives(2)
-    assert all(name.startswith("pixel_contrast.weighter.") for name in one.state_dict())
-    (seen,) = see(("source",), 2)
-    assert one["pixel_contrast"](seen) != other["pixel_contrast"](seen)
-    one["pixel_contrast"](seen).backward()
+    heads = {"pixel_contrast.weighter", "anchor_contrast.head"}
+    assert {".".join(name.split(".")[:2]) for name in one.state_dict()} == heads
+    assert {".".join(name.split(".")[:2]) for name in objectives(1).state_dict()} == {"anchor_contrast.head"}
+    for name, group in (("pixel_contrast", ("source",)), ("anchor_contrast", ("source", "mixed"))):
+        seen = see(group, 2)
+        assert one[name](*seen) != other[name](*seen)
+        one[name](*seen).backward()
     assert all(p.grad is not None and p.grad.any() for p in one.parameters())
 
 
@@ -308,6 +311,8 @@ def test_settings_choose_the_objectives() -> None:
 def test_contrast_reads_mixed_views_only_if_they_are_learned_from() -> None:
     assert objectives()["pixel_contrast"].reads == (("source",), ("mixed",))
     assert objectives(mixed=False)["pixel_contrast"].reads == (("source",),)
+    assert objectives()["anchor_contrast"].reads == (("source", "mixed"),)
+    assert objectives(mixed=False)["anchor_contrast"].reads == (("source",),)
 
 
 class Reader(Objective):

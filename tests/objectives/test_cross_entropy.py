@@ -1,18 +1,22 @@
 """Cross-entropy counts every pixel in its mean, whatever its weight."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from cluda_cli import settings
 from cluda_cli.adaptation.views import Seen, View
+from cluda_cli.data.labels import CITYSCAPES, ClassTable
+from cluda_cli.distributed import collectives
 from cluda_cli.models.boxes import Boxes
 from cluda_cli.models.segmenter import Detail, Output
-from cluda_cli.objectives.cross_entropy import CrossEntropy, weighted_cross_entropy
+from cluda_cli.objectives import build_objectives
+from cluda_cli.objectives.cross_entropy import CrossEntropy, hard_cross_entropy, hard_pixels, weighted_cross_entropy
 
 
 def test_ignored_and_weightless_pixels_stay_in_the_mean() -> None:
@@ -111,3 +115,116 @@ def test_halves_are_computed_in_float32_under_autocast() -> None:
     expected = objective(Seen(output, view))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(objective(Seen(output, view)), expected)
+
+
+@pytest.mark.parametrize("detail", [False, True])
+def test_class_weights_act_on_ground_truth_alone(detail: bool) -> None:
+    output, view = seen(detail)
+    weights = torch.tensor([0.5, 1.0, 2.0, 4.0])
+    objective = CrossEntropy(settings.CrossEntropy(detail_weight=0.3), "mixed", weights)
+    plain = CrossEntropy(settings.CrossEntropy(detail_weight=0.3), "mixed")
+    truth = torch.rand(view.label.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    by_class = torch.where(truth, weights[view.label.clamp(max=3)], 1.0)
+    expected = plain(Seen(output, replace(view, weight=view.weight * by_class)))
+    torch.testing.assert_close(objective(Seen(output, replace(view, truth=truth))), expected)
+    assert not math.isclose(expected.item(), plain(Seen(output, view)).item(), rel_tol=0.01)
+    assert objective(Seen(output, replace(view, truth=torch.zeros_like(truth)))) == plain(Seen(output, view))
+    assert objective.state_dict() == {}
+
+
+def losses(*probabilities: list[float]) -> Tensor:
+    """Of pixels in one row of each image, by the probability of their label."""
+    return -torch.tensor(probabilities)[:, None].log()
+
+
+@pytest.mark.parametrize(
+    ("threshold", "min_share", "expected"),
+    [
+        (0.5, 0.01, [[1, 1, 0, 0], [1, 0, 0, 0]]),  # below the threshold; the hardest one of an image without any
+        (0.5, 0.5, [[1, 1, 0, 0], [1, 1, 0, 0]]),
+        (0.5, 0.51, [[1, 1, 1, 0], [1, 1, 1, 0]]),  # rounded up
+        (0.65, 0.5, [[1, 1, 1, 0], [1, 1, 0, 0]]),
+        (1.0, 0.01, [[1, 1, 1, 1], [1, 1, 1, 1]]),
+        (0.01, 1.0, [[1, 1, 1, 1], [1, 1, 1, 1]]),
+        (0.01, 0.01, [[1, 0, 0, 0], [1, 0, 0, 0]]),
+    ],
+)
+def test_hard_pixels_are_below_the_threshold_and_at_least_a_share_of_every_image(
+    threshold: float, min_share: float, expected: list[list[int]]
+) -> None:
+    loss = losses([0.1, 0.3, 0.6, 0.9], [0.7, 0.8, 0.9, 0.95])
+    assert (
+        hard_pixels(loss, torch.ones_like(loss, dtype=torch.bool), threshold, min_share)[:, 0].int().tolist()
+        == expected
+    )
+
+
+def test_unlabelled_pixels_are_neither_kept_nor_counted() -> None:
+    """Half of the two labelled pixels of the first image is the hardest of them; the second has none."""
+    loss = losses([0.1, 0.8, 0.9, 0.2], [0.1, 0.1, 0.1, 0.1])
+    labelled = torch.tensor([[[False, True, True, False]], [[False] * 4]])
+    kept = hard_pixels(loss, labelled, 0.5, 0.5)
+    assert kept[:, 0].tolist() == [[False, True, False, False], [False] * 4]
+
+
+def test_the_mean_is_that_of_the_hard_pixels() -> None:
+    """Logits ln p of probabilities 0.25, 0.5 and 0.9 of class 0, with weights; an ignored pixel and one without weight
+    take no part, though they are the hardest."""
+    probability = torch.tensor([0.25, 0.5, 0.9, 0.01, 0.01])
+    logits = torch.stack([probability, 1 - probability]).log()[None, :, None].requires_grad_()  # 1 2 1 5
+    label = torch.tensor([[[0, 0, 0, 255, 0]]])
+    weight = torch.tensor([[[1.0, 3.0, 1.0, 1.0, 0.0]]])
+    value = hard_cross_entropy(logits, label, weight, settings.HardPixels(threshold=0.7, min_share=0.1))
+    assert value.item() == pytest.approx((math.log(4) + 3 * math.log(2)) / 2, rel=1e-6)
+    (gradient,) = torch.autograd.grad(value, logits)
+    assert gradient[0, 0, 0].tolist() == pytest.approx([-0.75 / 2, -3 * 0.5 / 2, 0, 0, 0], abs=1e-6)
+
+
+def test_hard_pixels_of_all_equal_the_mean_over_labelled_pixels() -> None:
+    output, view = seen(detail=False)
+    everything = settings.HardPixels(threshold=1.0, min_share=1.0)
+    value = hard_cross_entropy(output.logits, view.label, view.weight, everything)
+    share = (view.label != 255).double().mean().item()
+    assert value.item() == pytest.approx(by_hand(output.logits, view.label, view.weight) / share, rel=1e-5)
+
+
+def test_settings_choose_hard_pixels_for_the_crop_and_its_detail() -> None:
+    output, view = seen()
+    section = settings.SourceCrossEntropy(hard_pixels=settings.HardPixels(threshold=0.2))
+    value = CrossEntropy(section, "source", hard_pixels=section.hard_pixels)(Seen(output, view))
+    assert section.hard_pixels is not None and output.detail is not None
+    whole = hard_cross_entropy(output.logits, view.label, view.weight, section.hard_pixels)
+    parts = (BOXES.crop(view.label), BOXES.crop(view.weight))
+    part = hard_cross_entropy(output.detail.logits, *parts, section.hard_pixels)
+    assert value == torch.lerp(whole, part, 0.1)
+    assert value != CrossEntropy(section, "source")(Seen(output, view))
+    chosen = settings.Objectives(source=section, mixed=False, feature_distance=False, pixel_contrast=False)
+    built = build_objectives(chosen, nn.Module(), ClassTable(CITYSCAPES))  # type: ignore[arg-type]
+    assert built["source"](Seen(output, view)) == value
+
+
+def test_hard_pixels_are_those_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks with an image each, of which different numbers of pixels are hard: the mean of their values."""
+    output, view = seen()
+    hard = settings.HardPixels(threshold=0.2)
+    images = [tensor[i : i + 1] for i in range(2) for tensor in (output.logits, view.label, view.weight)]
+    expected = hard_cross_entropy(output.logits, view.label, view.weight, hard)
+    kept: list[Tensor] = []
+    monkeypatch.setattr(collectives, "all_reduce_sum", lambda count: kept.append(count) or count)
+    for rank in (images[:3], images[3:]):
+        hard_cross_entropy(*rank, hard)
+    assert kept[0] != kept[1]
+    monkeypatch.setattr(collectives, "all_reduce_sum", lambda _: sum(kept))
+    monkeypatch.setattr(collectives, "world_size", lambda: 2)
+    values = [hard_cross_entropy(*rank, hard) for rank in (images[:3], images[3:])]
+    torch.testing.assert_close(sum(values) / 2, expected)
+
+
+def test_hard_pixels_without_labels_are_exactly_zero_and_connected() -> None:
+    output, view = seen()
+    view.label.fill_(255)
+    section = settings.SourceCrossEntropy(hard_pixels=settings.HardPixels())
+    value = CrossEntropy(section, "source", hard_pixels=section.hard_pixels)(Seen(output, view))
+    assert value == 0
+    value.backward()
+    assert output.logits.grad is not None and not output.logits.grad.any()

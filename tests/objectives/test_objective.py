@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from cluda_cli import presets, settings
-from cluda_cli.adaptation.views import make_target
+from cluda_cli.adaptation.views import Scene, make_target
 from cluda_cli.data.index import find
 from cluda_cli.data.streams import batches
 from cluda_cli.engine.run import Run
-from cluda_cli.engine.step import join_groups, training_step
+from cluda_cli.engine.step import _make_view, join_groups, training_step
 from cluda_cli.objectives import build_makers
 from cluda_cli.objectives.objective import Objective
 
@@ -66,6 +66,20 @@ def test_a_group_has_one_term_and_update_sees_every_view_and_micro_batch(tiny_se
     assert result.terms["mixed/mixed"] == 0  # edited
     assert run.objectives["agreement"].seen == count
     assert run.state_dict()["objectives"]["agreement.seen"] == count
+
+
+def test_forward_draws_by_view_step_and_position_whatever_the_micro_batch(tiny_settings):
+    run, stream = start(tiny_settings)
+    batch = next(stream)
+
+    def draw(name, step=0, first=0, parts=(slice(0, 2),)):
+        view = _make_view(run, name, Scene(batch, run.teacher, 0, step, first), [])
+        return [torch.rand(3, generator=g).tolist() for part in parts for g in view.part(part).generators("some")]
+
+    weak = draw("weak")
+    assert weak == draw("weak") == draw("weak", parts=[slice(0, 1), slice(1, 2)])
+    assert draw("weak", first=1)[0] == weak[1]
+    assert len({tuple(one) for one in weak + draw("strong") + draw("weak", step=1)}) == 6
 
 
 def test_the_first_law_is_the_runs(tiny_settings):

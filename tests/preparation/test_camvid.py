@@ -25,7 +25,7 @@ def test_camvid_colors_are_grouped(tmp_path: Path) -> None:
     # sky, wall, cone, lane marking, pram, void
     colors = [(128, 128, 128), (64, 192, 0), (0, 0, 64), (128, 0, 192), (64, 0, 192), (0, 0, 0)]
     Image.fromarray(np.array([colors], dtype=np.uint8)).save(tmp_path / "a.png")
-    assert CAMVID_COLORS.read(tmp_path / "a.png").tolist() == [[0, 1, 2, 3, 9, IGNORE]]
+    assert CAMVID_COLORS.read(tmp_path / "a.png").train_ids.tolist() == [[0, 1, 2, 3, 9, IGNORE]]
 
 
 def test_camvid_split_has_the_customary_sizes() -> None:

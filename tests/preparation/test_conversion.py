@@ -2,19 +2,34 @@
 
 import dataclasses
 import os
+import random
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from cluda_cli.data.image_files import Header
 from cluda_cli.data.labels import CITYSCAPES, ClassTable, build_id_table
 from cluda_cli.errors import DataError
 from cluda_cli.preparation import conversion
-from cluda_cli.preparation.conversion import Conversion, Outcome, convert, format_line, hash_pair, read_journal, run_all
-from cluda_cli.preparation.label_files import IdLabels
+from cluda_cli.preparation.conversion import (
+    Conversion,
+    Outcome,
+    _check,
+    convert,
+    format_line,
+    hash_pair,
+    read_journal,
+    refuse_misfit,
+    run_all,
+)
+from cluda_cli.preparation.label_files import IdLabels, Label
 from cluda_cli.preparation.pairing import Pair, Split
-from cluda_cli.preparation.problems import Kind, Problem
+from cluda_cli.preparation.problems import BadFile, Kind, Problem
 from cluda_cli.preparation.published import Dataset
 
 PAIR = Pair("train", "a", "a.png", "a_label.png")
@@ -81,11 +96,83 @@ def test_a_scan_names_files_and_changes_with_them(dataset: Dataset) -> None:
     assert scan.label_path(PAIR) == folder / "labels" / "train" / "a.png"
     os.utime(dataset.root / "a.png", (1, 1))
     assert conversion.scan_files(dataset, folder).inputs != scan.inputs
-    with pytest.raises(DataError, match=r"no images match \*\.jpg"):
-        conversion.scan_files(dataclasses.replace(dataset, splits=(Split("train", "*.jpg"),)), folder)
+    with pytest.raises(DataError, match=r"no images: split train: nothing matches \*\.jpg; .* holds 2 \.png"):
+        conversion.scan_files(dataclasses.replace(dataset, splits=(Split("train", "*.jpg", required=True),)), folder)
 
 
 def test_few_tasks_or_one_worker_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversion, "ProcessPoolExecutor", None)
     assert list(run_all(abs, [-1, 2, -3], workers=8)) == [1, 2, 3]
     assert list(run_all(abs, list(range(-99, 0)), workers=1)) == list(range(99, 0, -1))
+
+
+def test_there_is_a_process_for_each_usable_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One usable core: all tasks run in this process."""
+    monkeypatch.setattr(conversion, "usable_cores", lambda: 1)
+    monkeypatch.setattr(conversion, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("started processes"))
+    assert list(run_all(abs, list(range(-99, 0)), workers=None)) == list(range(99, 0, -1))
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, time\nfrom cluda_cli.preparation.conversion import run_all\n"
+        "if __name__ == '__main__':\n"
+        "    for _ in run_all(time.sleep, [0] + [1e-3] * 10_000, workers=2):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    (tmp_path / "parent.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    # The pipe ends when no process holds it any more.
+    done = subprocess.run(
+        [sys.executable, "parent.py"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, timeout=120
+    )
+    assert done.returncode == -signal.SIGKILL
+
+
+def test_random_damage_to_the_journal_loses_its_line_only(tmp_path: Path) -> None:
+    outcomes = {key: Outcome((2, 3), {0: 2, 18: 4}, (Problem(Kind.IDS, "b.png", "", {"9": 1}),)) for key in "abc"}
+    whole = "".join(format_line(key, outcome) for key, outcome in outcomes.items()).encode()
+    path, draw = tmp_path / "journal.jsonl", random.Random(0)
+    for _ in range(300):
+        content, where = bytearray(whole), draw.randrange(len(whole))
+        content[where : where + draw.choice([0, 1, 9])] = draw.randbytes(draw.choice([1, 5]))
+        path.write_bytes(content)
+        found = read_journal(path)
+        assert found.items() <= outcomes.items() and len(found) >= 1
+    for content in (
+        "[" * 99_999,
+        "null",
+        '["a",[1,1],{"0":' + "9" * 5000 + "},[]]",
+        '["a",[1,1],{},[["NONE","","",{}]]]',
+    ):
+        path.write_text(f"{_check(content.encode()).decode()} {content}\n" + format_line("a", outcomes["a"]))
+        assert read_journal(path) == {"a": outcomes["a"]}
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "size", "upright", "expected"),
+    [
+        (6, 1, (2, 3), False, None),
+        (6, 6, (2, 3), False, None),
+        (3, 3, (2, 3), False, None),
+        (3, 1, (2, 3), True, None),
+        (3, 1, (2, 3), False, Kind.ORIENTATION),
+        (1, 2, (2, 3), False, Kind.ORIENTATION),
+        (6, 1, (3, 2), False, Kind.ORIENTATION),
+        (6, 1, (3, 2), True, Kind.ORIENTATION),
+        (6, 1, (4, 4), False, Kind.SIZE),
+        (1, 1, (3, 2), True, Kind.SIZE),
+    ],
+)
+def test_a_label_lies_on_the_upright_image_for_certain_or_is_refused(
+    image: int, label: int, size: tuple[int, int], upright: bool, expected: Kind | None
+) -> None:
+    header = Header("JPEG", "RGB", 8, (2, 3), image, False)
+    kinds = []
+    try:
+        refuse_misfit(header, Label(np.zeros(size, np.uint8), label), upright)
+    except BadFile as bad:
+        kinds.append(bad.kind)
+        assert image == label or f"EXIF orientation {image}" in bad.detail
+    assert kinds == ([expected] if expected else [])

@@ -1,5 +1,6 @@
 """Users' own data, described in TOML."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ def test_several_ids_share_a_class_and_ignored_ones_are_known(tmp_path: Path) ->
     dataset = read_description(write(tmp_path, "ignore = [255, 9]\n" + MINIMAL))
     assert dataset.reader
     Image.fromarray(np.array([[0, 1, 4, 9, 255]], dtype=np.uint8)).save(tmp_path / "a.png")
-    assert dataset.reader.read(tmp_path / "a.png").tolist() == [[0, 1, 0, IGNORE, IGNORE]]
+    assert dataset.reader.read(tmp_path / "a.png").train_ids.tolist() == [[0, 1, 0, IGNORE, IGNORE]]
 
 
 def test_colors_things_palette_and_margins(tmp_path: Path) -> None:
@@ -75,7 +76,7 @@ labels = "labels/*.png"
     assert [c.label_id for c in dataset.classes.classes] == [0, 1]
     assert dataset.classes.things() == (1,)
     Image.fromarray(np.array([[(1, 2, 3), (0, 0, 255), (0, 0, 0)]], dtype=np.uint8)).save(tmp_path / "a.png")
-    assert dataset.reader.read(tmp_path / "a.png").tolist() == [[0, 1, IGNORE]]
+    assert dataset.reader.read(tmp_path / "a.png").train_ids.tolist() == [[0, 1, IGNORE]]
 
 
 def test_things_are_known_by_their_cityscapes_names(tmp_path: Path) -> None:
@@ -163,6 +164,80 @@ def test_missing_folder_and_list_are_data_errors(tmp_path: Path) -> None:
         read_description(write(tmp_path, 'root = "gone"\n' + MINIMAL))
     with pytest.raises(DataError, match="list of split train cannot be read"):
         read_description(write(tmp_path, MINIMAL + '\nlist = "gone.txt"'))
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
+    (tmp_path / "mycity.toml").write_text(MINIMAL, encoding="utf-8-sig")
+    assert read_description(tmp_path / "mycity.toml").classes.names == ("road", "tram")
+
+
+def test_one_class_is_too_few(tmp_path: Path) -> None:
+    text = problems(tmp_path, MINIMAL.replace("tram", "road"))
+    assert text.startswith('the only class is "road", so that every prediction would be right')
+
+
+def test_orientation_and_tolerance_reach_the_readers(tmp_path: Path) -> None:
+    text = MINIMAL.replace("[ids]", '[colors]\n"1,2,3" = "road"\n"#ffffff" = "sky"\n[palette]').split("0 =")[0]
+    text += '[splits.train]\nimages = "i/*.png"\nlabels = "l/*.png"'
+    dataset = read_description(write(tmp_path, "color_tolerance = 9\nlabels_upright = true\n" + text))
+    assert isinstance(dataset.reader, ColorLabels) and dataset.reader.tolerance == 9 and dataset.labels_upright
+    assert "color_tolerance: is for labels of colours" in problems(tmp_path, "color_tolerance = 9\n" + MINIMAL)
+    assert "color_tolerance: " in problems(tmp_path, "color_tolerance = 999\n" + text)
+
+
+@pytest.mark.parametrize("line", ["a.png b.png", "i/a.JPG,l/a.png", "a\tb", "a.jpg 3", "a.png ; b.png"])
+def test_a_list_of_several_columns_is_refused(tmp_path: Path, line: str) -> None:
+    (tmp_path / "train.txt").write_text(f"first.png\n{line}\n")
+    with pytest.raises(DataError, match="line 2 of the list of split train has several columns"):
+        read_description(write(tmp_path, '[splits.train]\nimages = "images/*.jpg"\nlist = "train.txt"'))
+
+
+@pytest.mark.parametrize("line", ["a b.png", "a, b", "my photo", "a.b c"])
+def test_a_name_with_spaces_is_one_column(tmp_path: Path, line: str) -> None:
+    (tmp_path / "train.txt").write_text(line)
+    dataset = read_description(write(tmp_path, '[splits.train]\nimages = "images/*.jpg"\nlist = "train.txt"'))
+    assert dataset.splits[0].listed == {line.removesuffix(".png")}
+
+
+def test_a_list_that_is_a_pipe_is_an_error_not_a_wait(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "train.txt")
+    with pytest.raises(DataError, match="list of split train cannot be read"):
+        read_description(write(tmp_path, '[splits.train]\nimages = "images/*.jpg"\nlist = "train.txt"'))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x = " + "[" * 5000 + "]" * 5000,
+        "margins = [" + "9" * 5000 + ", 0, 0, 0]",
+        "margins = [0x" + "f" * 9000 + ", 0, 0, -1]",
+        "margins = [inf, 0, 0, 0]",
+        'root = "a\\u0000b"',
+        'root = "' + "9" * 9000 + '"',
+        'name = "a\\nb"',
+        'name = "' + "a" * 300 + '"',
+        '[ids]\n0 = "a\\u001bb"\n1 = " "',
+        '[splits.train]\nimages = "[z-a]*.png"',
+        '[splits.train]\nimages = "a\\u0000/*.png"',
+        '[splits.train]\nimages = "i/*.png"\nlist = "a\\u0000"',
+    ],
+    ids=[
+        "deep",
+        "long",
+        "long hex",
+        "inf",
+        "NUL",
+        "long root",
+        "newline",
+        "long name",
+        "control",
+        "range",
+        "NUL glob",
+        "NUL list",
+    ],
+)
+def test_hostile_descriptions_are_settings_errors(tmp_path: Path, text: str) -> None:
+    assert len(problems(tmp_path, text)) < 1000
 
 
 def test_colors_are_written_in_two_ways() -> None:

@@ -1,11 +1,12 @@
 """Which label belongs to which image."""
 
+import os
+import re
 from pathlib import Path
 
 import pytest
 
-from cluda_cli.errors import DataError
-from cluda_cli.preparation.pairing import Split, find_files, find_pairs
+from cluda_cli.preparation.pairing import LONGEST_STEM, Split, find_pairs
 from cluda_cli.preparation.problems import Kind
 
 
@@ -71,46 +72,80 @@ def test_a_flat_folder_of_labels_does_not_serve_two_images_of_equal_name(tmp_pat
     assert {p.kind for p in found.problems} == {Kind.DUPLICATE}
 
 
-def test_links_are_followed_by_a_star_but_not_by_two(tmp_path: Path) -> None:
-    make(tmp_path, "i/a/01.png", "elsewhere/02.png", "elsewhere/deep/03.png")
-    (tmp_path / "i/link").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "i/a/file.png").symlink_to(tmp_path / "elsewhere/02.png")
-    (tmp_path / "i/a/broken.png").symlink_to(tmp_path / "nowhere")
-    own = ["i/a/01.png", "i/a/file.png"]
-    assert [found.path for found in find_files(tmp_path, "i/**/*.png")] == own
-    assert [found.path for found in find_files(tmp_path, "i/*/*.png")] == [*own, "i/link/02.png"]
-    assert [found.path for found in find_files(tmp_path, "i/*/**/*.png")] == [
-        *own, "i/link/02.png", "i/link/deep/03.png"
+@pytest.mark.parametrize("pattern", ["**/*.png", "*/**/*.png", "*/*/*/*/*/*.png"])
+def test_a_loop_of_links_is_named_and_ends(tmp_path: Path, pattern: str) -> None:
+    make(tmp_path, "i/a/01.png", "i/b/c/d/e/02.png")
+    (tmp_path / "i/a/back").symlink_to(tmp_path / "i")
+    (tmp_path / "i/b/self").symlink_to(".")
+    (tmp_path / "i/b/endless").symlink_to("endless")
+    found = find_pairs(tmp_path, [Split("train", pattern)])
+    assert "i/b/c/d/e/02.png" in [pair.image for pair in found.pairs]
+    assert [(p.kind, p.file) for p in found.problems] == [(Kind.LOOP, "i/a/back"), (Kind.LOOP, "i/b/self")]
+
+
+def test_images_that_a_link_shows_again_are_taken_once(tmp_path: Path) -> None:
+    make(tmp_path, "i/real/01.png", "l/real/01.png", "i/fog/01.png")
+    (tmp_path / "i/again").symlink_to("real")
+    (tmp_path / "l/fog").symlink_to("real")  # labels may serve several images
+    found = find_pairs(tmp_path, [Split("train", "i/*/*.png", "l/*/*.png")])
+    assert {p.image: p.label for p in found.pairs} == {"i/fog/01.png": "l/fog/01.png", "i/real/01.png": "l/real/01.png"}
+    assert [(p.kind, p.file) for p in found.problems] == [(Kind.LINKED, "i/again/01.png")]
+
+
+def test_a_mask_is_never_an_image(tmp_path: Path) -> None:
+    make(tmp_path, "t/a.png", "t/a_mask.png", "t/b.png", "t/b_mask.png")
+    splits = [Split("train", "t/*.png"), Split("val", "t/*.png", "t/*_mask.png")]
+    found = find_pairs(tmp_path, splits)
+    assert [(p.split, p.image, p.label) for p in found.pairs] == [
+        ("train", "t/a.png", None), ("train", "t/b.png", None),
+        ("val", "t/a.png", "t/a_mask.png"), ("val", "t/b.png", "t/b_mask.png"),
     ]  # fmt: skip
+    assert {p.kind for p in found.problems} == {Kind.SHARED}
+    found = find_pairs(tmp_path, [Split("train", "t/*.png", "t/*.png", required=True)])
+    assert (found.pairs, [p.kind for p in found.problems][0]) == ([], Kind.EMPTY)
+    assert "all 4 files that match t/*.png are also matched as labels" in found.problems[0].detail
+
+
+@pytest.mark.parametrize("entry", ["i/s1/01", "s1/01", "01"])
+def test_a_list_with_folders_finds_labels_too(tmp_path: Path, entry: str) -> None:
+    make(tmp_path, "i/s1/01_rgb.png", "l/s1/01_id.png", "i/s1/02_rgb.png", "l/s1/02_id.png")
+    listed = frozenset({entry if entry == "01" else entry + "_rgb"})
+    found = find_pairs(tmp_path, [Split("val", "i/*/*_rgb.png", "l/*/*_id.png", listed.__contains__, listed)])
+    assert [(pair.image, pair.label) for pair in found.pairs] == [("i/s1/01_rgb.png", "l/s1/01_id.png")]
+    assert found.problems == []
 
 
 @pytest.mark.parametrize(
-    ("pattern", "path", "folder", "key"),
+    ("pattern", "words"),
     [
-        ("**/*.png", "01.png", "", "01"),
-        ("**/x/**/*.png", "x/a/x/b/01.png", "x/a/b", "01"),
-        ("s*/[!a]?/*.png", "s1/b2/01.png", "1/b2", "01"),
-        ("*-*.*", "a-b-c.tar.png", "", "a-b_c.tar"),
-        ("[]]_*.png", "]_01.png", "", "]_01"),
-        ("a[_*.png", "a[_01.png", "", "01"),
-        ("*.png", "a(1)+[2].png", "", "a(1)+[2]"),
+        ("val/*.png", r"there is no folder val in .*, only labels, train"),
+        ("train/*.jpg", r"nothing matches train/\*\.jpg; .*train holds 2 \.jpeg, 1 folders"),
+        ("train/**/*.bmp", r"train holds 2 \.jpeg, 1 folders"),
+        ("train/deep/none/*.png", r"there is no folder none in .*deep, nor any other"),
     ],
 )
-def test_what_wildcards_stand_for(tmp_path: Path, pattern: str, path: str, folder: str, key: str) -> None:
-    make(tmp_path, path)
-    (found,) = find_files(tmp_path, pattern)
-    assert (found.path, found.folder, found.key) == (path, folder, key)
+def test_a_split_without_images_says_what_lies_beside(tmp_path: Path, pattern: str, words: str) -> None:
+    make(tmp_path, "train/a.jpeg", "train/b.jpeg", "train/deep/c.txt", "labels/a.png")
+    splits = [Split("train", "train/*.jpeg"), Split("val", pattern, required=True), Split("test", pattern)]
+    problems = find_pairs(tmp_path, splits).problems
+    assert [(p.kind, p.file) for p in problems] == [(Kind.EMPTY, "val"), (Kind.NOT_THERE, "test")]
+    assert all(re.search(words, problem.detail) for problem in problems)
 
 
-def test_globs_heed_case(tmp_path: Path) -> None:
-    make(tmp_path, "a.PNG")
-    assert not list(find_files(tmp_path, "*.png"))
+def test_a_name_that_is_not_utf8_is_reported_in_letters(tmp_path: Path) -> None:
+    make(tmp_path, "a.png")
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).touch()
+    found = find_pairs(tmp_path, [Split("train", "*.png")])
+    assert [pair.image for pair in found.pairs] == ["a.png"]
+    assert [(p.kind, p.file) for p in found.problems] == [(Kind.NAME, "caf\\udce9.png")]
 
 
-def test_a_glob_of_unknown_wildcards_is_a_data_error(tmp_path: Path) -> None:
-    make(tmp_path, "]1.png")
-    with pytest.raises(DataError, match="unclear what the wildcards"):
-        list(find_files(tmp_path, "[\\]]*.png"))
+def test_names_of_255_bytes_leave_room_for_names_made_from_them(tmp_path: Path) -> None:
+    for name in ("ä" * 125 + "0", "ä" * 125 + "1"):
+        make(tmp_path, f"i/{name}.png", f"l/{name}.png")
+    stems = [pair.stem for pair in find_pairs(tmp_path, [Split("train", "i/*.png", "l/*.png")]).pairs]
+    assert len(set(stems)) == 2
+    assert all(len(stem.encode()) <= LONGEST_STEM and stem.startswith("ää") for stem in stems)
 
 
 def test_hidden_files_do_not_count(tmp_path: Path) -> None:

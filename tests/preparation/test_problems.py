@@ -1,16 +1,14 @@
 """The report of what is wrong."""
 
-import json
-
 from cluda_cli.preparation.problems import BadFile, Kind, Problem, describe_ids, format_report
 
 
 def test_errors_come_first_and_examples_are_few() -> None:
-    problems = [Problem(Kind.NO_LABEL, f"{i}.png") for i in range(5)] + [Problem(Kind.SIZE, "x.png", "1 x 2")]
+    problems = [Problem(Kind.NO_IMAGE, f"{i}.png") for i in range(5)] + [Problem(Kind.SIZE, "x.png", "1 x 2")]
     assert format_report(problems) == [
         "error: labels of another size than their image: 1; image and label must have the same height and width",
         "  x.png: 1 x 2",
-        "warning: images without a label: 5",
+        "warning: labels without an image: 5",
         "  0.png", "  1.png", "  2.png",
         "  and 2 more",
     ]  # fmt: skip
@@ -25,14 +23,13 @@ def test_ids_are_added_up_over_files() -> None:
 
 def test_many_ids_are_shortened() -> None:
     text = describe_ids({str(i): 100 - i for i in range(15)} | {"rare": 1})
-    assert text.startswith("0 in 100 pixels, 1 in 99 pixels") and text.endswith("11 in 89 pixels and 4 more ids")
+    assert text == "0 in 100 pixels, 1 in 99 pixels, 2 in 98 pixels, 3 in 97 pixels and 12 more ids"
     assert describe_ids({"rare": 1}) == "rare in 1 pixel"
 
 
-def test_a_bad_file_becomes_a_problem_that_survives_the_journal() -> None:
+def test_a_bad_file_becomes_a_problem() -> None:
     problem = BadFile(Kind.IDS, "9 in 2 pixels", {"9": 2}).to_problem("l/a.png")
     assert problem == Problem(Kind.IDS, "l/a.png", "9 in 2 pixels", {"9": 2})
-    assert Problem.from_json(json.loads(json.dumps(problem.to_json()))) == problem
 
 
 def test_every_kind_is_reported_in_its_own_words() -> None:

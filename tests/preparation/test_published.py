@@ -13,6 +13,7 @@ from cluda_cli.data.labels import CAMVID, CITYSCAPES, IGNORE, ClassTable
 from cluda_cli.errors import DataError
 from cluda_cli.preparation.archives import Archive
 from cluda_cli.preparation.pairing import Pair, find_pairs
+from cluda_cli.preparation.problems import Kind
 from cluda_cli.preparation.published import PUBLISHED, TRAIN_ID_LABELS, Dataset, Published, locate_demo
 
 BY_NAME = {published.name: published for published in PUBLISHED}
@@ -55,10 +56,10 @@ def sixteen_bit_ids(path: Path, value: int) -> None:
 
 
 def located(name: str, data_root: Path) -> tuple[Dataset, dict[str, list[Pair]]]:
-    """The dataset and its pairs by split; nothing may be wrong with the way the files are paired."""
+    """The dataset and its pairs by split; nothing may be wrong, but a split may be left out."""
     dataset = BY_NAME[name].locate(data_root)
     found = find_pairs(dataset.root, dataset.splits)
-    assert found.problems == []
+    assert all(problem.kind is Kind.NOT_THERE for problem in found.problems)
     splits = {split.name: [pair for pair in found.pairs if pair.split == split.name] for split in dataset.splits}
     return dataset, splits
 
@@ -66,7 +67,7 @@ def located(name: str, data_root: Path) -> tuple[Dataset, dict[str, list[Pair]]]
 def value_of(dataset: Dataset, pair: Pair) -> int:
     """The train id of a label that holds one class."""
     assert dataset.reader and pair.label
-    (value,) = np.unique(dataset.reader.read(dataset.root / pair.label))
+    (value,) = np.unique(dataset.reader.read(dataset.root / pair.label).train_ids)
     return int(value)
 
 

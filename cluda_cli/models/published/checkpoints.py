@@ -6,8 +6,9 @@ mmsegmentation and by Hugging Face transformers, each with names of its own.
 E embedded and D fused channels, C channels of an encoder map.
 """
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,17 +72,35 @@ def one_network(tensors: Mapping[str, Tensor], network: str, encoder: str, path:
             prefix = next((prefix for prefix in PARTS if name.startswith(prefix)), "")
             parts[PARTS.get(prefix, "")][name.removeprefix(prefix)] = tensor
     if not (parts["encoder."] and parts["decoder."]):
-        what = f"no network with backbone.* and decode_head.*; the names begin with {', '.join(list(named)[:3])}"
-        remedy = "give a checkpoint of DAFormer, HRDA, MIC, CLUDA or SegFormer; an encoder alone is for model.weights"
-        raise DataError(what, path, remedy)
+        raise _no_network(named, path)
     parts["encoder."] = to_encoder_names(parts["encoder."], encoder)
     parts["decoder."] = _from_segformer_head(parts["decoder."])
     return Published({part + name: tensor for part, inner in parts.items() for name, tensor in inner.items()}, left_out)
 
 
+def _no_network(named: Mapping[str, Tensor], path: Path) -> DataError:
+    """What the names look like instead."""
+    if class_count(Published(dict(named), {})) is not None:
+        return DataError("these are weights of cluda already", path, "give them to --ckpt, or to model.start")
+    prefixed = (re.match(r"(.+?\.)(?:backbone|decode_head)\.", name) for name in named)
+    if before := list(dict.fromkeys(found[1] for found in prefixed if found)):
+        what = f"the names of the network have an unknown prefix: {_some(before)}"
+        return DataError(what, path, "save the tensors without it")
+    what = f"no network with backbone.* and decode_head.*; the names begin with {', '.join(list(named)[:3])}"
+    remedy = "give a checkpoint of DAFormer, HRDA, MIC, CLUDA or SegFormer; an encoder alone is for model.weights"
+    return DataError(what, path, remedy)
+
+
+def _unwrap(name: str) -> str:
+    """A name without what torch.compile, parallel training and a holder called `net` put before names of a network."""
+    return re.sub(r"(?:^|(?<=\.))(?:_orig_mod|module)\.", "", name).removeprefix("net.")
+
+
 def _copy(tensors: Mapping[str, Tensor], network: str, path: Path) -> tuple[dict[str, Tensor], Counter[str]]:
     """The tensors of one copy of the network, without its prefix, and how many others there are."""
-    named = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    named = {_unwrap(name): tensor for name, tensor in tensors.items()}
+    if len(named) < len(tensors):
+        raise DataError("several tensors have one name but for their prefix", path, "give one network's file")
     if not any(name.startswith(tuple(COPIES.values())) for name in named):
         if network == "teacher":
             raise DataError("holds one network, not a student and a teacher", path, "leave out --network")
@@ -110,6 +129,43 @@ def _from_segformer_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if reverse and fuse is not None and fuse.dim() == 4 and fuse.shape[1] % 4 == 0:
         named["fuse_layer.conv.weight"] = fuse.unflatten(1, (4, -1)).flip(1).flatten(1, 2)  # D 4E 1 1
     return named
+
+
+def listed_classes(content: Mapping[Any, Any]) -> tuple[str, ...] | None:
+    """Names of the classes in the order of the network's outputs, where mmcv or mmengine wrote them beside it."""
+    meta = _mapping(content.get("meta"))
+    described = _mapping(meta.get("dataset_meta")) or _mapping(content.get("dataset_meta"))
+    for listed in (meta.get("CLASSES"), described.get("classes"), described.get("CLASSES")):
+        if isinstance(listed, list | tuple) and listed and all(isinstance(name, str) for name in listed):
+            return tuple(listed)
+    return None
+
+
+def _mapping(value: Any) -> Mapping[Any, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def match_classes(listed: Sequence[str], names: Sequence[str], path: Path) -> list[int]:
+    """The output in a file of every class of `names`, where the file lists its classes as `listed`.
+
+    Capitals, `_` and `-` make no difference. Raises DataError, naming `path`, if the two sets differ.
+    """
+    theirs, ours = [_plain(name) for name in listed], [_plain(name) for name in names]
+    if sorted(theirs) != sorted(ours):
+        more = [name for name in listed if _plain(name) not in ours]
+        less = [name for name in names if _plain(name) not in theirs]
+        parts = [f"{_some(more)} of the file alone"] * bool(more) + [f"{_some(less)} of data.source alone"] * bool(less)
+        what = f"its classes are others than those of data.source: {'; '.join(parts) or 'one is listed twice'}"
+        raise DataError(what, path, "set data.source to a prepared dataset with the classes of the file")
+    return [theirs.index(name) for name in ours]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[_-]", " ", name).casefold()
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def class_count(published: Published) -> int | None:

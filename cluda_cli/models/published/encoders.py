@@ -1,23 +1,27 @@
 """Tensors of published encoders: read from a file, named as in our encoders and matched to them."""
 
+import argparse
 import contextlib
 import inspect
 import io
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
+from safetensors.torch import load_file
 from timm.utils import natural_key
 from torch import Tensor
 
 from cluda_cli.errors import DataError, first_line
+from cluda_cli.models.published import efficientnet
 from cluda_cli.models.published.mit import to_release
 
 CONTAINERS = ("state_dict", "model", "model_state")
-PREFIXES = ("module.", "model.", "backbone.", "encoder.", "network.", "body.")
+PREFIXES = ("_orig_mod.", "module.", "model.", "net.", "backbone.", "encoder.", "network.", "body.")
 COUNTER = "num_batches_tracked"  # of batch norms; nothing reads it while their momentum is set
 
 
@@ -32,18 +36,37 @@ class Match(NamedTuple):
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors or torch file, out of their container. Raises DataError; never runs pickled code."""
+    return named_tensors(read_content(path), path)
+
+
+def read_content(path: Path) -> Mapping[Any, Any]:
+    """All that a safetensors or torch file holds. Raises DataError; never runs pickled code."""
     try:
-        content = timm.models.load_state_dict(str(path), use_ema=False)
-    except AttributeError:  # timm cleans the names of whatever it finds
-        content = {}
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the options of timm's own training
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # a damaged byte may surface as anything
-        if isinstance(problem.__cause__, pickle.UnpicklingError):
-            message = "the file is damaged, or holds more than tensors (pickled code is never run)"
-            raise DataError(message, path, "fetch it again, or convert it to safetensors") from None
-        message = f"neither a torch nor a safetensors file, or damaged ({first_line(problem)})"
-        raise DataError(message, path, "fetch it again") from None
-    while inner := [content[name] for name in CONTAINERS if isinstance(content.get(name), dict)]:
+        if isinstance(problem, pickle.UnpicklingError) and (refused := re.search(r"GLOBAL (\S+)", str(problem))):
+            message = f"holds more than tensors: {refused[1]}; pickled code is never run"
+            remedy = "load it where it was made and save its state_dict alone"
+        elif isinstance(problem, pickle.UnpicklingError):
+            message, remedy = "neither a torch nor a safetensors file, or damaged", "fetch it again"
+        else:
+            message = f"neither a torch nor a safetensors file, or damaged ({first_line(problem)})"
+            remedy = "fetch it again"
+        raise DataError(message, path, remedy) from None
+    return content if isinstance(content, Mapping) else {}
+
+
+def named_tensors(content: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
+    """The tensors of a file's content, out of their container. Raises DataError, naming `path`, if there are none."""
+    around = [content]
+    while inner := [content[name] for name in CONTAINERS if isinstance(content.get(name), Mapping)]:
         content = inner[0]
+        if any(content is outer for outer in around):
+            raise DataError("holds itself as its own state dict", path, "save its state_dict alone")
+        around.append(content)
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         remedy = "give a state dict, as torch.save or safetensors write"
@@ -65,6 +88,8 @@ def to_encoder_names(tensors: Mapping[str, Tensor], encoder: str) -> Mapping[str
         return {n.replace("stem.7.", "bn1.").replace("stem.", "conv1."): tensor for n, tensor in named.items()}
     if encoder.partition(".")[0] == "mobilenetv2_100" and "features.0.0.weight" in named:
         return _from_torchvision(named, encoder)
+    if "_blocks.0._depthwise_conv.weight" in named and timm.is_model(encoder):
+        return efficientnet.to_timm_names(named, encoder)
     return to_release(named)
 
 
@@ -95,10 +120,18 @@ def classifier_prefixes(encoder: str) -> tuple[str, ...]:
     return tuple(f"{name.partition('.')[0]}." for name in names)
 
 
+def _names_of_whole(encoder: str) -> set[str]:
+    """Keys of the tensors of timm's whole network, of which the encoder is a part; none for other networks."""
+    if not timm.is_model(encoder):
+        return set()
+    with torch.device("meta"):  # names are enough
+        return {flat(name) for name in timm.create_model(encoder).state_dict()}
+
+
 def match_encoder(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], encoder: str) -> Match:
     """Match the tensors of a published encoder to the state of ours, in the layout that fits best.
 
-    Counters of batch norms and the classifier are left out of account.
+    Counters of batch norms, the classifier and what timm's network has before it are left out of account.
     """
     own = {name: tensor for name, tensor in own.items() if not name.endswith(COUNTER)}
     named = to_encoder_names(tensors, encoder)
@@ -106,9 +139,9 @@ def match_encoder(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], enco
     if len(best.fitting) < len(own):
         other = match_names(own, from_authors(named, encoder), key=flat)
         best = max(best, other, key=lambda match: len(match.fitting))
-    classifier = classifier_prefixes(encoder)
-    unexpected = (name for name in best.unexpected if not name.endswith(COUNTER) and not name.startswith(classifier))
-    return best._replace(unexpected=tuple(unexpected))
+    classifier, head = classifier_prefixes(encoder), _names_of_whole(encoder)
+    unexpected = [name for name in best.unexpected if not name.startswith(classifier) and flat(name) not in head]
+    return best._replace(unexpected=tuple(name for name in unexpected if not name.endswith(COUNTER)))
 
 
 def match_names(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], key: Callable[[str], str]) -> Match:

@@ -10,7 +10,14 @@ from torch import Tensor
 from cluda_cli.errors import DataError
 from cluda_cli.models.decoders import DAFormerDecoder
 from cluda_cli.models.multires import build_segmenter
-from cluda_cli.models.published.checkpoints import Published, class_count, one_network, other_settings
+from cluda_cli.models.published.checkpoints import (
+    Published,
+    class_count,
+    listed_classes,
+    match_classes,
+    one_network,
+    other_settings,
+)
 from cluda_cli.settings import Decoder, DeepLabV2, Model, MultiResolution
 
 State = dict[str, Tensor]
@@ -70,6 +77,76 @@ def test_student_and_teacher_of_self_training(model, prefix):
         {name: tensor + 0.5 for name, tensor in state.items()},
     )
     assert other_settings(student, model) == {}
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "net.", "_orig_mod.net.", "model.module."])
+def test_known_prefixes_are_stripped(prefix):
+    state = state_of(DAFORMER)
+    names = prefixed(published_names(state, multires=False), prefix)
+    assert_same(one_network(names, "student", "mit_b0", FILE).tensors, state)
+
+
+def test_a_compiled_student_and_teacher():
+    state = state_of(DAFORMER)
+    names = published_names(state, multires=False)
+    file = prefixed(names, "model._orig_mod.") | prefixed(names, "ema_model._orig_mod.")
+    assert_same(one_network(file, "teacher", "mit_b0", FILE).tensors, state)
+
+
+def test_an_unknown_prefix_is_named():
+    names = prefixed(published_names(state_of(DAFORMER), multires=False), "trainer.segmentor.")
+    with pytest.raises(DataError, match=r"unknown prefix: trainer\.segmentor\. -> save the tensors without it"):
+        one_network(names, "student", "mit_b0", FILE)
+
+
+def test_two_networks_that_differ_in_a_known_prefix_are_refused():
+    names = published_names(state_of(DAFORMER), multires=False)
+    with pytest.raises(DataError, match="several tensors have one name but for their prefix"):
+        one_network(names | prefixed(names, "net."), "student", "mit_b0", FILE)
+
+
+def test_weights_of_cluda_need_no_import():
+    with pytest.raises(DataError, match="weights of cluda already -> give them to --ckpt"):
+        one_network(state_of(DAFORMER), "student", "mit_b0", FILE)
+
+
+@pytest.mark.parametrize(
+    ("content", "listed"),
+    [
+        ({"meta": {"CLASSES": ("road", "car")}}, ("road", "car")),
+        ({"meta": {"dataset_meta": {"classes": ["road", "car"], "palette": []}}}, ("road", "car")),
+        ({"meta": {"dataset_meta": {"CLASSES": ["road", "car"]}}}, ("road", "car")),
+        ({"dataset_meta": {"classes": ["road"]}}, ("road",)),
+        ({"meta": {"CLASSES": None}}, None),
+        ({"meta": {"CLASSES": [1, 2]}}, None),
+        ({"meta": "text", "dataset_meta": 3}, None),
+        ({}, None),
+    ],
+)
+def test_classes_that_a_file_lists(content, listed):
+    assert listed_classes(content) == listed
+
+
+def test_classes_in_another_order_are_found_by_name():
+    ours = ("road", "traffic light", "car")
+    assert match_classes(("Car", "road", "Traffic_Light"), ours, FILE) == [1, 2, 0]
+    assert match_classes(ours, ours, FILE) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("listed", "says"),
+    [
+        (("road", "sky"), "sky of the file alone; car of data.source alone"),
+        (("road", "car", "sky"), "sky of the file alone ->"),
+        (("road",), "car of data.source alone ->"),
+        (("road", "car", "car"), "one is listed twice"),
+        (("road", *"abcdefg"), "a, b, c, d, e and 2 more of the file alone; car of data.source alone"),
+    ],
+)
+def test_other_classes_are_named(listed, says):
+    with pytest.raises(DataError) as caught:
+        match_classes(listed, ("road", "car"), FILE)
+    assert says in str(caught.value) and str(caught.value).startswith("file.pth: its classes are others than")
 
 
 def test_a_plain_file_holds_one_network_and_no_teacher():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cluda_cli.errors import DataError
 from cluda_cli.files import sha256
 from cluda_cli.models.encoders import build_encoder, load_pretrained
-from cluda_cli.models.published.encoders import from_authors, to_encoder_names
+from cluda_cli.models.published.encoders import from_authors, read_tensors, to_encoder_names
 from cluda_cli.models.segmenter import Segmenter
 from cluda_cli.settings import Decoder, Model
 
@@ -40,6 +40,7 @@ LAYOUTS: dict[str, Callable[[State], object]] = {
         "state_dict": _prefixed(s, "model.backbone.") | {"ema_model.backbone.x": torch.ones(1)}
     },
     "compiled": lambda s: {"state_dict": _prefixed(s, "_orig_mod.module.encoder.")},
+    "compiled inside": lambda s: {"state_dict": _prefixed(s, "model._orig_mod.net.")},
 }
 
 
@@ -341,6 +342,22 @@ def _damage(folder: Path, state: State) -> dict[str, Path]:
     torch.save({"a": torch.ones(1), "code": _Code(folder / "marker")}, folder / "code.pth")
     folder.joinpath("code.bin").write_bytes(pickle.dumps(_Code(folder / "marker")))
     return {path.name: path for path in folder.iterdir() if not path.name.startswith("whole")}
+
+
+def test_a_refused_object_is_named(tmp_path):
+    _damage(tmp_path, {"x": torch.zeros(1)})
+    with pytest.raises(DataError, match=r"more than tensors: (posix|nt)\.mkdir; .* -> .* save its state_dict alone"):
+        read_tensors(tmp_path / "code.pth")
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_file_that_holds_itself_is_refused(depth, tmp_path):
+    """A pickle may refer to itself; following it never ends."""
+    content: dict[str, object] = {"epoch": 1}
+    content["state_dict"] = content if depth == 1 else {"model": content}
+    torch.save(content, tmp_path / "loop.pth")
+    with pytest.raises(DataError, match=r"loop\.pth: holds itself as its own state dict -> save its state_dict alone"):
+        read_tensors(tmp_path / "loop.pth")
 
 
 @pytest.mark.parametrize(

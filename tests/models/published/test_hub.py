@@ -1,6 +1,7 @@
 """Published weights are found, and what cannot be had is said."""
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import huggingface_hub
 import pytest
@@ -14,16 +15,31 @@ from cluda_cli.models.encoders import build_encoder, load_pretrained
 from cluda_cli.models.published.hub import MIT_HUB, locate
 from cluda_cli.settings import Model
 
+FIND_CACHED = huggingface_hub.try_to_load_from_cache
+Request = tuple[str, str, str | None]
+
 
 class _Hub:
-    """Stands in for the download; remembers what was asked for."""
+    """Stands in for the hub, with nothing fetched before; remembers what was asked for and what was downloaded."""
 
-    def __init__(self, answer: Callable[[str], str]) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, answer: Callable[[str], str]) -> None:
         self.answer = answer
-        self.asked: list[tuple[str, str, str | None]] = []
+        self.asked: list[Request] = []
+        self.downloaded: list[Request] = []
+        monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
+        monkeypatch.setattr(
+            huggingface_hub, "hf_hub_url", lambda repository, file, revision: (repository, file, revision)
+        )
+        monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", self._ask)
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", self._download)
 
-    def __call__(self, repository: str, file: str, revision: str | None = None) -> str:
-        self.asked.append((repository, file, revision))
+    def _ask(self, url: Request, timeout: float) -> None:
+        self.asked.append(url)
+        with suppress(LocalEntryNotFoundError):  # of a connection that breaks later, while downloading
+            self.answer(url[1])
+
+    def _download(self, repository: str, file: str, revision: str | None, etag_timeout: float) -> str:
+        self.downloaded.append((repository, file, revision))
         return self.answer(file)
 
 
@@ -44,7 +60,7 @@ def _raising(problem: Exception) -> Callable[[str], str]:
     ],
 )
 def test_unreachable_hub(problem, encoder, weights, version, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", _Hub(_raising(problem)))
+    _Hub(monkeypatch, _raising(problem))
     model = Model(encoder=encoder, weights=weights)
     with pytest.raises(EnvironmentProblem) as caught:
         load_pretrained(build_encoder(model), model)
@@ -55,16 +71,44 @@ def test_unreachable_hub(problem, encoder, weights, version, monkeypatch):
     assert "--set model.weights=false --set objectives.feature_distance=false" in error.remedy
 
 
+def test_an_unreachable_hub_is_asked_once(monkeypatch, tmp_path):
+    """Its own download waits and asks again, six times; here nobody listens, and waiting is an error."""
+
+    def wait(_: float) -> None:
+        raise AssertionError("waits for another try")
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("time.sleep", wait)
+    with pytest.raises(EnvironmentProblem) as caught:
+        locate("imagenet", "mit_b0")
+    assert "is out of reach" in caught.value.what and "another try" not in caught.value.what
+
+
+def test_what_was_fetched_before_needs_no_hub(monkeypatch, tmp_path):
+    """Also of a branch, which the hub's own download would ask about again."""
+    hub = _Hub(monkeypatch, _raising(ConnectionError("refused")))
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", FIND_CACHED)
+    path = tmp_path / "models--timm--resnet18.a1_in1k" / "snapshots" / "c0ffee" / "model.safetensors"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    (tmp_path / "models--timm--resnet18.a1_in1k" / "refs").mkdir()
+    (tmp_path / "models--timm--resnet18.a1_in1k" / "refs" / "main").write_text("c0ffee")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    found = locate("imagenet", "resnet18")
+    assert (found.path, found.origin) == (path, "timm/resnet18.a1_in1k@c0ffee/model.safetensors")
+    assert not hub.asked and not hub.downloaded
+
+
 def test_published_weights_come_from_the_pinned_revision(mit_state, monkeypatch, tmp_path):
     repository, revision = MIT_HUB["mit_b0"]
     path = tmp_path / "snapshots" / revision / "model.safetensors"
     path.parent.mkdir(parents=True)
     save_file(mit_state, path)
-    hub = _Hub(lambda _: str(path))
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub)
+    hub = _Hub(monkeypatch, lambda _: str(path))
     model = Model(encoder="mit_b0")
     report = load_pretrained(build_encoder(model), model)
-    assert hub.asked == [(repository, "model.safetensors", revision)]
+    assert hub.asked == hub.downloaded == [(repository, "model.safetensors", revision)]
     assert report.origin == f"{repository}@{revision}/model.safetensors"
 
 
@@ -78,7 +122,7 @@ def test_repository_without_safetensors(mit_state, monkeypatch, tmp_path):
             raise EntryNotFoundError("404")
         return str(path)
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", _Hub(answer))
+    _Hub(monkeypatch, answer)
     model = Model(encoder="mit_b0", weights="hf-hub:nvidia/mit-b0")
     report = load_pretrained(build_encoder(model), model)
     assert report.origin == "nvidia/mit-b0@c0ffee/pytorch_model.bin" and report.matched == 176
@@ -96,8 +140,7 @@ def test_repository_without_safetensors(mit_state, monkeypatch, tmp_path):
     ],
 )
 def test_published_weights_are_those_that_timm_names(encoder, repository, monkeypatch):
-    hub = _Hub(_raising(ConnectionError("refused")))
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub)
+    hub = _Hub(monkeypatch, _raising(ConnectionError("refused")))
     with pytest.raises(EnvironmentProblem):
         locate("imagenet", encoder)
     assert [asked[0] for asked in hub.asked] == [repository]
@@ -109,7 +152,7 @@ class _GatedError(GatedRepoError):
 
 
 def test_gated_weights(monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", _Hub(_raising(_GatedError())))
+    _Hub(monkeypatch, _raising(_GatedError()))
     with pytest.raises(EnvironmentProblem) as caught:
         locate("imagenet", "vit_base_patch16_dinov3")
     assert "licence" in caught.value.what and "https://huggingface.co/timm/vit_base_patch16_dinov3" in str(caught.value)
@@ -117,13 +160,13 @@ def test_gated_weights(monkeypatch):
 
 @pytest.mark.parametrize("problem", [EntryNotFoundError("404"), HFValidationError("bad name")])
 def test_hub_without_such_weights(problem, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", _Hub(_raising(problem)))
+    _Hub(monkeypatch, _raising(problem))
     with pytest.raises(SettingsError):
         load_pretrained(build_encoder(Model(encoder="mit_b0")), Model(encoder="mit_b0", weights="hf-hub:a/b@c"))
 
 
 def test_model_without_published_weights(monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", _Hub(_raising(AssertionError("must not be asked"))))
+    _Hub(monkeypatch, _raising(AssertionError("must not be asked")))
     model = Model(encoder="mambaout_femto")
     encoder = build_encoder(model)
     unpublished = next(n for n in timm.list_models() if not timm.is_model_pretrained(n))

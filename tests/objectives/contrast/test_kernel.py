@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cluda_cli.objectives.contrast import tiles as contrast_tiles
 from cluda_cli.objectives.contrast.kernel import tiled_contrast
-from cluda_cli.objectives.contrast.pairs import Masked, Sorted
 from cluda_cli.objectives.pixel_contrast import contrast
 
 REFERENCE = [
@@ -222,16 +221,6 @@ def test_no_tensor_is_quadratic_in_pixels(form, quadratic: bool) -> None:
     with LargestTensor() as largest:
         value_and_gradient(form, *inputs, 1.0)
     assert (largest.numel > 100_000) == quadratic  # 64 x 64 and 1000 x 8 against 800 x 800
-
-
-@pytest.mark.parametrize("choose", [Sorted.of, Masked])
-def test_kept_exponentials_stay_within_their_budget(choose) -> None:
-    features, label, weight = problem(uneven(400, [5, 2, 8, 1]))
-    pairs = choose(label).pairs(features, features, weight[:, None], weight[:, None], tile=16)
-    for budget in (0, 1000, 10_000):
-        kept = contrast_tiles.sum_negatives(pairs, budget)[1]
-        assert sum(tensor.numel() for tensor in kept) <= budget
-        assert bool(kept) == bool(budget)
 
 
 @pytest.mark.reference

@@ -74,7 +74,7 @@ class RunFolder:
         Raises DataError if the data are not those it began with, SettingsError if it is beyond its last step.
         """
         try:
-            began = json.loads(self.manifest.read_text(encoding="utf-8"))
+            began = json.loads(self.manifest.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
             used = [(str(data["name"]), data["fingerprint"]) for data in (*began["sources"], began["target"])]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             what = f"cannot be read ({first_line(error)})"
@@ -136,6 +136,10 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _belongs(line: str, run: Run) -> bool:

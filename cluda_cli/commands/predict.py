@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from cluda_cli import console
+from cluda_cli.data.image_files import read_header
 from cluda_cli.data.index import IMAGE_SUFFIXES
 from cluda_cli.data.labels import ClassTable
 from cluda_cli.data.transforms import read_image
@@ -271,9 +271,8 @@ def _out_of_memory(request: _Request) -> DataError:
 def _read_size(path: Path) -> tuple[int, int]:
     """Height and width from the header of an image; 0 x 0 where reading all of it will say what is wrong."""
     try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except Exception:
+        return read_header(path).size
+    except DataError:
         return 0, 0
 
 

@@ -170,12 +170,12 @@ def _batch(settings: Settings) -> Batch:
 
 def _validate(student: nn.Module, settings: Settings) -> None:
     """Logits of one target image, beside the gradients of the last step."""
-    size = settings.data.target_box or settings.data.crop
+    image = torch.zeros(1, 3, *(settings.data.target_box or settings.data.crop), dtype=torch.uint8)
     with torch.no_grad(), inference.eval_mode(student):  # inference mode would hide the parts of some operations
         if settings.inference.mode == "whole":
-            inference._forward(student, torch.zeros(1, 3, *size))
+            inference._forward(student, image)
         else:
-            inference._sliding_logits(student, torch.zeros(1, 3, *size), settings.inference)
+            inference._slide(student, image, settings.inference)
 
 
 @contextmanager

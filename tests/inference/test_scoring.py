@@ -31,7 +31,7 @@ def index(tiny_data: Path) -> Index:
 def make_network() -> Segmenter:
     """Random, with five classes, of which it predicts several."""
     torch.manual_seed(0)
-    model = Model(encoder="test_efficientnet", weights=False, decoder=Decoder(embed_dim=8, channels=8))
+    model = Model(encoder="mobilenetv2_050", weights=False, decoder=Decoder(embed_dim=8, channels=8))
     network = Segmenter(model, 5)
     torch.nn.init.normal_(network.decoder.conv_seg.weight, std=20)
     return network

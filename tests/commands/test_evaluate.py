@@ -31,7 +31,7 @@ def make_network(num_classes: int) -> Segmenter:
     """Random, but with predictions of many classes."""
     torch.manual_seed(0)
     network = Segmenter(
-        Model(encoder="test_efficientnet", weights=False, decoder=Decoder(embed_dim=8, channels=8)), num_classes
+        Model(encoder="mobilenetv2_050", weights=False, decoder=Decoder(embed_dim=8, channels=8)), num_classes
     )
     torch.nn.init.normal_(network.decoder.conv_seg.weight, std=20)
     return network.eval()
@@ -62,7 +62,7 @@ def checkpoint(tmp_path: Path) -> Path:
     """A network with the Cityscapes classes whose source lacked three of them."""
     settings = Settings(
         data=Data(target="toy", root=tmp_path, target_box=(32, 64)),
-        model=Model(encoder="test_efficientnet", weights=False, decoder=Decoder(embed_dim=8, channels=8)),
+        model=Model(encoder="mobilenetv2_050", weights=False, decoder=Decoder(embed_dim=8, channels=8)),
         objectives=Objectives(feature_distance=None),
     )
     path = tmp_path / "run" / "best.safetensors"
@@ -185,7 +185,7 @@ def test_other_class_tables_have_one_protocol(tmp_path: Path, capsys: pytest.Cap
     make_dataset(tmp_path, table)
     settings = Settings(
         data=Data(root=tmp_path),
-        model=Model(encoder="test_efficientnet", weights=False, decoder=Decoder(embed_dim=8, channels=8)),
+        model=Model(encoder="mobilenetv2_050", weights=False, decoder=Decoder(embed_dim=8, channels=8)),
         objectives=Objectives(feature_distance=None),
     )
     path = tmp_path / "last.safetensors"

@@ -26,7 +26,7 @@ from cluda_cli.settings import Data, Decoder, Evaluation, Model, Objectives, Set
 TABLE = ClassTable(CITYSCAPES[:6])
 SETTINGS = Settings(
     data=Data(target_box=(32, 64)),
-    model=Model(encoder="test_efficientnet", weights=False, decoder=Decoder(embed_dim=8, channels=8)),
+    model=Model(encoder="mobilenetv2_050", weights=False, decoder=Decoder(embed_dim=8, channels=8)),
     objectives=Objectives(feature_distance=None),
 )
 

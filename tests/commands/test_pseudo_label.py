@@ -32,7 +32,7 @@ SIZES = [(40, 72), (33, 51), (24, 24)]
 def make_network() -> Segmenter:
     """Random, but with predictions of many classes and confidences."""
     torch.manual_seed(0)
-    model = Model(encoder="test_efficientnet", weights=False, decoder=Decoder(embed_dim=8, channels=8))
+    model = Model(encoder="mobilenetv2_050", weights=False, decoder=Decoder(embed_dim=8, channels=8))
     network = Segmenter(model, len(TABLE))
     torch.nn.init.normal_(network.decoder.conv_seg.weight, std=5)
     return network.eval()
@@ -41,7 +41,7 @@ def make_network() -> Segmenter:
 def make_checkpoint(root: Path, margins: tuple[int, int, int, int] | None = None) -> Path:
     settings = Settings(
         data=Data(target="toy", root=root, target_box=(32, 64), target_margins=margins),
-        model=Model(encoder="test_efficientnet", weights=False, decoder=Decoder(embed_dim=8, channels=8)),
+        model=Model(encoder="mobilenetv2_050", weights=False, decoder=Decoder(embed_dim=8, channels=8)),
         objectives=Objectives(feature_distance=None),
     )
     path = root / "run" / "best.safetensors"

@@ -11,8 +11,9 @@ from cluda_cli.cli import main
 from cluda_cli.distributed import launch
 
 if __name__ == "__main__":
-    for descriptor in (1, 2):
-        os.dup2(output.fileno(), descriptor)  # noqa: F821
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(output.fileno(), number)  # noqa: F821
+        setattr(sys, name, open(number, "w", encoding="utf-8", buffering=1, closefd=False))  # noqa: SIM115
     output.close()  # noqa: F821
     os.environ.update(environment)  # noqa: F821
     torch.set_num_threads(1)

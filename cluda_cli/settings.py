@@ -362,7 +362,8 @@ class Evaluation(Section):
     """Inference in validation, `eval`, `predict` and `pseudo-label`."""
 
     network: Literal["student", "teacher"] = "student"
-    """Which network is saved as best and last weights. Validation scores student and teacher."""
+    """Which network is saved as best and last weights. Validation scores both. A teacher that labels nothing, as in
+    `source-only`, is not scored, and the student is saved."""
     mode: Literal["whole", "slide"] = "whole"
     """Run the network on the whole image, or on overlapping windows whose logits are averaged."""
     window: Unset[Size] = None

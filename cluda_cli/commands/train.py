@@ -166,7 +166,7 @@ def _validate(run: Run, files: RunFolder, target: Index, stop: "_StopRequest") -
                     evaluation=settings.inference, device=run.device,
                 )  # fmt: skip
     lines = {name: _summarise(scores) for name, scores in found.items()}
-    line = {"step": run.step} | lines[settings.evaluation.network]
+    line = {"step": run.step} | lines[run.evaluated_name]
     miou = line["miou"]
     best = math.isfinite(miou) and (run.best is None or miou > run.best["miou"])
     if best:

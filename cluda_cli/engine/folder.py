@@ -115,7 +115,7 @@ class RunFolder:
         self._save_weights(run, self.best)
 
     def _save_weights(self, run: Run, path: Path) -> None:
-        name = run.settings.evaluation.network
+        name = run.evaluated_name
         state = gather_model_state(run.evaluated)
         if not collectives.rank():
             described = NetworkDescription(

@@ -102,22 +102,23 @@ class Run:
             raise SettingsError(what, "data.crop", remedy) from error
 
     @property
-    def evaluated(self) -> Segmenter:
-        """The network that is validated and deployed."""
-        return self.student if self.settings.evaluation.network == "student" else self.teacher.network
-
-    @property
     def networks(self) -> dict[str, Segmenter]:
-        """The networks that a validation scores, by name: the evaluated one, the student, and a teacher that labels.
+        """The networks that a validation scores, by name: the student, and the teacher if it labels.
 
         Nothing moves the batch-norm statistics of a teacher that labels nothing.
         """
-        names = {"student", self.settings.evaluation.network}
-        if any(
-            view != "source" for objective in self.objectives.values() for group in objective.reads for view in group
-        ):
-            names.add("teacher")
-        return {name: self.student if name == "student" else self.teacher.network for name in sorted(names)}
+        views = {view for objective in self.objectives.values() for group in objective.reads for view in group}
+        return {"student": self.student} | ({"teacher": self.teacher.network} if views - {"source"} else {})
+
+    @property
+    def evaluated_name(self) -> str:
+        """The name of the network that is saved: that of the settings, or the student where no teacher labels."""
+        return self.settings.evaluation.network if "teacher" in self.networks else "student"
+
+    @property
+    def evaluated(self) -> Segmenter:
+        """The network that is saved as best and last weights."""
+        return self.networks[self.evaluated_name]
 
     def source_law(self, step: int) -> tuple[float, ...] | None:
         """Probabilities with which source classes are drawn for the batch of `step`; None: those of the settings."""

@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from cluda_cli.data.index import Index
 from cluda_cli.engine.state_file import load_state
 from cluda_cli.inference.checksum import checksum
 
@@ -184,9 +185,11 @@ def compare(whole: Path, parts: Path) -> str:
 
 
 def content(path: Path) -> object:
-    """What must be equal in a file: a manifest tells when the call began, a journal has its own order of lines."""
+    """What must be equal in a file. A manifest tells when the call began, and an index when its files were written."""
     if path.name == "manifest.json":
         return None
+    if path.name == "index.json":
+        return Index.load(path.parent).fingerprint
     if path.name == "state.pt":
         return checksum(load_state(path))
     if path.suffix == ".safetensors":

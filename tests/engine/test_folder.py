@@ -44,11 +44,18 @@ def test_a_run_begins_with_settings_manifest_and_a_state(run, domains, folder):
 
 
 def test_a_new_run_leaves_nothing_of_an_old_one(run, domains, folder):
-    old = [folder.metrics, folder.best, folder.last, folder.pictures / "000003.png", folder.path / ".last-abcd1234.x"]
+    old = [
+        folder.metrics,
+        folder.best,
+        folder.last,
+        folder.pictures / "000003.png",
+        folder.path / ".cluda-abcd1234.tmp.x",
+    ]
     for path in old:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    folder.begin(run, domains[:1], domains[1])
+    with folder.hold():
+        folder.begin(run, domains[:1], domains[1])
     assert not any(path.exists() for path in old)
 
 
@@ -107,15 +114,12 @@ def test_a_resumed_run_forgets_lines_that_it_will_write_again(run, domains, fold
     assert (fresh.step, fresh.validated) == (4, 2)
 
 
-def test_a_resumed_run_keeps_the_settings_in_force_and_removes_temporaries(tiny_settings, run, domains, folder):
+def test_a_resumed_run_keeps_the_settings_in_force(tiny_settings, run, domains, folder):
     folder.begin(run, domains[:1], domains[1])
-    leftover = folder.state.parent / ".state-abcd1234.pt"
-    leftover.touch()
     tree = presets.merge(tiny_settings.model_dump(mode="json"), {"training": {"steps": 9}})
     longer = Run(presets.validate(tree), domains[:1], CPU)
     folder.resume(longer, domains[:1], domains[1])
     assert presets.load([str(folder.settings)]) == longer.settings
-    assert not leftover.exists()
 
 
 def test_other_data_are_refused_on_resume(run, domains, folder):

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from cluda_cli import settings
 from cluda_cli.adaptation.views import Seen, View
+from cluda_cli.inference import sliding
 from cluda_cli.inference.sliding import image_logits
 from cluda_cli.models.boxes import Boxes
 from cluda_cli.models.multires import MultiResolution, entropy, find_most_uncertain
 from cluda_cli.models.normalisation import Normalisation
 from cluda_cli.models.segmenter import Output
+from cluda_cli.models.windows import average_windows
 from cluda_cli.objectives.cross_entropy import CrossEntropy, weighted_cross_entropy
 from cluda_cli.objectives.pixel_contrast import PixelContrast
 
@@ -120,13 +122,23 @@ def test_formula_filled_hrda_in_evaluation(fill_by_formula: Any, formula_images:
     check_moments(F.interpolate(logits, (128, 128), mode="bilinear"), (2, K, 128, 128), row, tolerance=1e-7)
 
 
+def take_as_normalised(monkeypatch: pytest.MonkeyPatch, image: Tensor) -> None:
+    """Let windows slide over this normalised image, 3 H W, whatever picture is given."""
+
+    def average(_: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        return average_windows(image[None], *arguments, **options)
+
+    monkeypatch.setattr(sliding, "average_windows", average)
+    monkeypatch.setattr(Normalisation, "apply", lambda _, windows: windows)
+
+
 def test_formula_filled_hrda_slides(
     fill_by_formula: Any, formula_images: Any, check_moments: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     networks, image = Networks(settings.Decoder()).double(), formula_images(1, 128, 256)[0]
     fill_by_formula(networks, published_name)
     networks.network.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))
-    monkeypatch.setattr(Normalisation, "apply", lambda *_: image.float())
+    take_as_normalised(monkeypatch, image.float())
     slide = settings.Evaluation(mode="slide", window=(128, 128), stride=(64, 64))
     logits = image_logits(networks.network, torch.zeros(3, 128, 256, dtype=torch.uint8), None, slide)
     logits = F.interpolate(logits[None], (256, 512), mode="bilinear")
@@ -258,7 +270,7 @@ def test_sliding_evaluation_of_an_image(golden: Any, check_bounds: Any, monkeypa
     vectors, description = golden("05_hrda/hrda_inference")
     network = recorded(golden, "hrda_head_weights", torch.float32, cluda=False).network
     image = vectors["in.image_b"].float()
-    monkeypatch.setattr(Normalisation, "apply", lambda *_: image[0])
+    take_as_normalised(monkeypatch, image[0])
     slide = settings.Evaluation(mode="slide", window=(96, 96), stride=(48, 48))
     logits = image_logits(network, torch.zeros(3, 128, 160, dtype=torch.uint8), None, slide)[None]
     rescaled = F.interpolate(logits, (150, 190), mode="bilinear").softmax(dim=1).flip(3)

@@ -240,7 +240,9 @@ def test_resume_is_exact_with_two_resolutions(tiny_settings, tmp_path, assert_re
 def test_presets_of_dinov2_take_a_step(preset, tiny_settings, tmp_path):
     """With a small vision transformer: six blocks, the deepest at the full rate, the patch embedding at 0.9^6 of it."""
     small = {
-        "data": tiny_settings.data.model_dump(mode="json", include={"source", "target", "root", "crop", "source_box", "target_box", "workers"}),
+        "data": tiny_settings.data.model_dump(
+            mode="json", include={"source", "target", "root", "crop", "source_box", "target_box", "workers"}
+        ),
         "model": {"encoder": "test_vit", "weights": False, "decoder": {"embed_dim": 8, "channels": 8}},
         "training": {"steps": 1, "pictures_every": 0, "device": "cpu"},
     }

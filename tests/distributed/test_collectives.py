@@ -50,7 +50,12 @@ MIC = {
     "model": {"multires": {}},
     "mixing": {"uncertain_detail_from": 1},
     "masking": {"block": 16, "with_source": True},
-    "objectives": {"masked": {}, "feature_distance": False, "pixel_contrast": {"size": 7, "weighter_dim": 8}},
+    "objectives": {
+        "masked": {},
+        "feature_distance": False,
+        "pixel_contrast": {"size": 7, "weighter_dim": 8},
+        "anchor_contrast": False,  # 2 x 2 cells hold no two anchors of a class
+    },
 }
 
 

@@ -11,6 +11,13 @@ from cluda_cli.inference.metrics import Scores, round_percent
 from cluda_cli.inference.scoring import compare_classes, score
 from cluda_cli.inference.weights_file import load_weights
 
+MEANS = {
+    "mean IoU": "miou",
+    "mean IoU, common pixels": "miou_common_pixels",
+    "mean IoU, all classes": "miou_all_classes",
+}
+"""Rows of the table -> keys of a protocol; the last one exists for all classes only."""
+
 
 def evaluate(
     checkpoint: Path,
@@ -73,12 +80,8 @@ def _print(scores: Scores, title: str) -> None:
     """Print a table with a column for each protocol. `-` stands for a class that is left out or has no pixels."""
     protocols = scores.protocols()
     rows = [[name] + [_format_cell(p["classes"][name]) for p in protocols.values()] for name in scores.classes.names]
-    means = {"mean IoU": "miou"}
-    if scores.target_private:
-        means |= {"mean IoU, common pixels": "miou_common_pixels", "mean IoU, all classes": "miou_all_classes"}
-    rows += [
-        [label, *(_format_cell(p[key]) if key in p else "" for p in protocols.values())] for label, key in means.items()
-    ]
+    for label, key in MEANS.items():
+        rows.append([label, *(_format_cell(p[key]) if key in p else "" for p in protocols.values())])
     console.result_table(title, ["class", *protocols], rows)
     accuracy = [_format_cell(round_percent(value)) for value in (scores.pixel_accuracy, scores.mean_accuracy)]
     console.result(f"pixel accuracy {accuracy[0]}, mean accuracy {accuracy[1]}")

@@ -49,7 +49,7 @@ def test_a_camera_turned_right_sees_things_farther_left(light: Light) -> None:
         canvas = Canvas(Camera(1.5, 0.5, 0.8, yaw), light, LABEL["sky"])
         canvas.paint([(-1, 0, 6), (1, 0, 6), (1, 1, 6), (-1, 1, 6)], LABEL["car"], GREY)
         columns.append(np.nonzero(canvas.finish().make_labels() == LABEL["car"])[1].mean())
-    assert columns[0] - columns[1] == pytest.approx(np.tan(0.1) * 0.8 * WIDTH, abs=1)
+    assert columns[0] - columns[1] == pytest.approx(np.tan(0.1) * 0.8 * WIDTH, rel=0.05)
 
 
 def test_sizes(camera: Camera, light: Light) -> None:

@@ -272,7 +272,7 @@ def _read_size(path: Path) -> tuple[int, int]:
     """Height and width from the header of an image; 0 x 0 where reading all of it will say what is wrong."""
     try:
         return read_header(path).size
-    except DataError:
+    except (DataError, MemoryError):
         return 0, 0
 
 

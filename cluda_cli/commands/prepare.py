@@ -10,8 +10,9 @@ The train-id maps lie beside them, in the folder `labels`, and stored training i
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from cluda_cli import console
@@ -167,6 +168,7 @@ def _prepare_one(dataset: Dataset, data_root: Path, check: bool, skip_bad: bool,
         raise DataError(f"{number} would spoil training, as listed above", dataset.name, remedy)
     if not any(index.splits.values()):
         raise DataError("no usable image is left", dataset.root, "see the problems above")
+    index = _drop_labels(index, [problem.file for problem in problems if problem.kind is Kind.BLANK])
     if num_left_out and not check:
         console.result(f"left out, because of the errors above: {num_left_out} files")
     if not check:
@@ -259,6 +261,16 @@ def _find_lone_classes(index: Index) -> list[Problem]:
         if index.labelled(split) and len(names) < 2:
             found.append(Problem(Kind.LONE, split, names[0]) if names else Problem(Kind.BLANK, split))
     return found
+
+
+def _drop_labels(index: Index, names: Collection[str]) -> Index:
+    """The index with the images of some splits as unlabelled ones."""
+    splits = dict(index.splits)
+    for name in names:
+        splits[name] = tuple(
+            replace(item, label=None, pixels={}, stamp=item.stamp and (*item.stamp[:2], 0, 0)) for item in splits[name]
+        )
+    return replace(index, splits=splits)
 
 
 def _summarise(index: Index) -> None:

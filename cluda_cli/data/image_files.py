@@ -162,7 +162,10 @@ def has_end(path: Path) -> bool:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
-    """Open an image lazily. Raises DataError for any error of the decoder within the block."""
+    """Open an image lazily. Raises DataError for any error within the block but MemoryError.
+
+    An OSError of the system is the cause of the DataError.
+    """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe or device would be waited for
             raise DataError("is not a regular file", path, "give an image file")
@@ -173,7 +176,7 @@ def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
                     what = f"{image.height} x {image.width} pixels, more than {MAX_PIXELS // 10**6} million"
                     raise DataError(what, path, "cut it into parts")
                 yield image
-    except CludaError:
+    except (CludaError, MemoryError):  # the latter says nothing about the file
         raise
     except UnidentifiedImageError as error:
         raise DataError(f"not an image, or not one of {', '.join(FORMATS)}", path) from error
@@ -189,6 +192,8 @@ def _read_orientation(image: ImageFile.ImageFile) -> int:
             value = image.tag_v2.get(_ORIENTATION)  # type: ignore[attr-defined]
         else:
             value = Image.Image.getexif(image).get(_ORIENTATION)  # that of a PNG would decode the pixels
+    except MemoryError:
+        raise
     except Exception:  # broken EXIF does not spoil the picture
         return 1
     return value if isinstance(value, int) and value in _TURNS else 1

@@ -16,7 +16,7 @@ from cluda_cli.data.index import Index, Item
 from cluda_cli.data.transforms import read_image, read_label, resize_image, resize_label_region
 from cluda_cli.errors import DataError, EnvironmentProblem
 from cluda_cli.files import atomic, write_json
-from cluda_cli.preparation.conversion import run_all
+from cluda_cli.preparation.conversion import reading, run_all
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ def write_cache(index: Index, names: Mapping[str, str], inputs: str, box: Box, w
 
 def store(task: CacheTask) -> None:
     """Write one image, then its label."""
-    pixels = resize_image(read_image(task.image), task.size).permute(1, 2, 0)  # h w 3
+    with reading(task.image):
+        pixels = resize_image(read_image(task.image), task.size).permute(1, 2, 0)  # h w 3
     _write_netpbm(task.output, ".ppm", pixels)
     if task.label:
         label = resize_label_region(read_label(task.label), task.size, 0, 0, *task.size)  # h w

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -154,19 +155,25 @@ def _is_done(scan: Scan, pair: Pair, outcome: Outcome) -> bool:
 
 
 def convert(conversion: Conversion) -> Outcome:
-    """Check one pair and write its train-id map, unless the pair has an error."""
+    """Check one pair and write its train-id map, unless the pair has an error.
+
+    Raises OSError or EnvironmentProblem that names the file if the system cannot read it or memory runs out. That says
+    nothing about the file, and a later run tries again.
+    """
     problems: list[Problem] = []
     header: Header | None = None
     label: Label | None = None
     root, pair = conversion.root, conversion.pair
     try:
-        header = check_image(root / pair.image, decode=conversion.output is None)
+        with reading(root / pair.image):
+            header = check_image(root / pair.image, decode=conversion.output is None)
     except BadFile as bad:
         problems.append(bad.to_problem(pair.image))
     if pair.label is not None:
         assert conversion.reader
         try:
-            label = conversion.reader.read(root / pair.label)
+            with reading(root / pair.label):
+                label = conversion.reader.read(root / pair.label)
             if label.note:
                 problems.append(Problem(label.note[0], pair.label, label.note[1]))
             if header is not None:
@@ -182,6 +189,17 @@ def convert(conversion: Conversion) -> Outcome:
         with atomic(conversion.output) as temporary:
             Image.fromarray(label.train_ids).save(temporary, format="PNG")
     return outcome
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Name the file when the system fails or memory runs out. Raises OSError or EnvironmentProblem."""
+    try:
+        with naming(path):
+            yield
+    except MemoryError as error:
+        remedy = "close other programs or take fewer --workers, and run the command again; it goes on where it stopped"
+        raise EnvironmentProblem("memory ran out", path, remedy) from error
 
 
 def refuse_misfit(image: Header, label: Label, labels_upright: bool) -> None:

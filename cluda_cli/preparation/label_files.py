@@ -5,6 +5,7 @@ with alpha or in three equal channels; colours of 8 bits in 16. Any other is ref
 guessed. H W size of the upright label, pixels.
 """
 
+import errno
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ MAX_CLASSES = 254
 MAX_TOLERANCE = 128
 """Largest `ColorLabels.tolerance`."""
 STORED_IDS = 100  # unknown ids or colours of one file that its problem keeps
+OF_THE_FILE = frozenset({None, errno.ENOENT, errno.ELOOP, errno.EINVAL})
+"""Codes of an OSError that a file itself can cause: none is a decoder's error, EINVAL a wrong position in the file."""
 _CONVERT = "convert it to an 8-bit PNG"
 
 
@@ -147,10 +150,12 @@ def check_image(path: Path, decode: bool) -> Header:
 
 @contextmanager
 def bad_files() -> Iterator[None]:
-    """Turn errors about an image into BadFile, for the report."""
+    """Turn errors about an image into BadFile, for the report. An error of the system stays an OSError."""
     try:
         yield
     except DataError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno not in OF_THE_FILE:
+            raise error.__cause__ from None
         raise BadFile(Kind.DEEP_IMAGE if isinstance(error, DeepImage) else Kind.UNREADABLE, error.what) from error
 
 

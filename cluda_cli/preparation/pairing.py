@@ -1,5 +1,6 @@
 """Pair images with labels by what the wildcards of their globs stand for."""
 
+import functools
 import hashlib
 import os
 from collections import defaultdict
@@ -50,8 +51,13 @@ class Pairs:
 def find_pairs(root: Path, splits: Sequence[Split]) -> Pairs:
     """Find the files of every split below `root` and pair them, sorted by path.
 
-    A file that the labels of a split match is never an image, in no split.
+    A file that the labels of a split match is never an image, in no split. Files are compared where links lead.
     """
+
+    @functools.cache
+    def resolve(path: str) -> str:
+        return os.path.realpath(root / path)
+
     result, loops, strange = Pairs(), set[str](), set[str]()
 
     def find(pattern: str | None) -> list[Found]:
@@ -60,16 +66,17 @@ def find_pairs(root: Path, splits: Sequence[Split]) -> Pairs:
         return [file for file in found if is_text(file.path)]
 
     labels = {split.name: find(split.labels) for split in splits}
-    masks = {label.path for found in labels.values() for label in found}
+    masks = {resolve(label.path) for found in labels.values() for label in found}
     for split in splits:
         matching = find(split.images)
-        images = [image for image in matching if image.path not in masks and _belongs(image, split)]
+        images = [image for image in matching if resolve(image.path) not in masks and _belongs(image, split)]
         images, again = _take_once(root, images)
         result.problems += [Problem(Kind.LINKED, path, f"in split {split.name}") for path in again]
         if not images:
-            result.problems.append(_explain_empty(root, split, len(matching), masks))
+            only_masks = all(resolve(file.path) in masks for file in matching)
+            result.problems.append(_explain_empty(root, split, len(matching), only_masks))
         _pair(root, split, images, labels[split.name], result)
-    result.problems += _find_shared(result.pairs)
+    result.problems += _find_shared(result.pairs, resolve)
     result.problems += [Problem(Kind.NAME, escape(path)) for path in sorted(strange)]
     result.problems += [Problem(Kind.LOOP, escape(path)) for path in sorted(loops)]
     return result
@@ -140,11 +147,11 @@ def _take_once(root: Path, images: Sequence[Found]) -> tuple[list[Found], list[s
     return [image for image in images if image.path in kept], [i.path for i in images if i.path not in kept]
 
 
-def _explain_empty(root: Path, split: Split, num_matching: int, masks: set[str]) -> Problem:
+def _explain_empty(root: Path, split: Split, num_matching: int, only_masks: bool) -> Problem:
     """Why a split has no image."""
     if not num_matching:
         detail = describe_beside(root, split.images)
-    elif all(found.path in masks for found in find_files(root, split.images)):
+    elif only_masks:
         detail = f"all {num_matching} files that match {split.images} are also matched as labels"
     else:
         detail = f"none of the {num_matching} files that match {split.images} is in its list"
@@ -174,8 +181,15 @@ def _shorten(image: Found) -> str:
     return stem[: LONGEST_STEM - 9].decode(errors="ignore") + "-" + hashlib.sha256(image.path.encode()).hexdigest()[:8]
 
 
-def _find_shared(pairs: Sequence[Pair]) -> list[Problem]:
-    splits: dict[str, list[str]] = defaultdict(list)
+def _find_shared(pairs: Sequence[Pair], resolve: Callable[[str], str]) -> list[Problem]:
+    """A problem for each image that several splits hold, under the same name or through links."""
+    places: dict[str, dict[str, str]] = defaultdict(dict)  # real path -> split -> path
     for pair in pairs:
-        splits[pair.image].append(pair.split)
-    return [Problem(Kind.SHARED, image, ", ".join(of)) for image, of in splits.items() if len(of) > 1]
+        places[resolve(pair.image)].setdefault(pair.split, pair.image)
+    problems = []
+    for of in places.values():
+        image = next(iter(of.values()))
+        names = [split if path == image else f"{split} as {path}" for split, path in of.items()]
+        if len(of) > 1:
+            problems.append(Problem(Kind.SHARED, image, ", ".join(names)))
+    return problems

@@ -34,7 +34,11 @@ class Kind(Enum):
         True,
         "add the labels; or keep the images as unlabelled with --skip-bad, or in a split without labels",
     )
-    BLANK = ("splits whose labels hold no class", True, "every pixel is ignored; check the ids")
+    BLANK = (
+        "splits whose labels hold no class",
+        True,
+        "every pixel is ignored: check the ids; or keep the images as unlabelled with --skip-bad",
+    )
     LONE = ("splits whose labels hold one class only", False, "there, the right answer is the same everywhere")
     REDUCED = ("labels in a wider form than needed, read without loss", False, "")
     NEAR = ("labels with colours that were read as the nearest listed one", False, "")
@@ -57,8 +61,8 @@ class Kind(Enum):
 
     @property
     def leaves_out(self) -> bool:
-        """Whether --skip-bad leaves out the files concerned; images that only lack a label are kept."""
-        return self.is_error and self not in {Kind.NO_LABEL, Kind.UNPAIRED}
+        """Whether --skip-bad leaves out the file concerned. Images that only lack a usable label are kept."""
+        return self.is_error and self not in {Kind.NO_LABEL, Kind.UNPAIRED, Kind.BLANK, Kind.EMPTY}
 
     @property
     def remedy(self) -> str:

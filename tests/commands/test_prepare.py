@@ -364,6 +364,22 @@ def test_a_split_that_vanishes_is_an_error(town: Path, capsys: pytest.CaptureFix
     assert "error: splits without images: 1" in out
     assert "  val: there is no folder valid in" in out and "only train, train_labels, val" in out
     assert list(run(town, skip_bad=True).splits) == ["train"]
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_skip_bad_keeps_images_whose_labels_hold_no_class_as_unlabelled(
+    town: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "abc":
+        label(town.parent / f"raw/train_labels/{name}.png", [[255] * 3] * 2)
+    index = run(town, skip_bad=True)
+    assert "left out" not in capsys.readouterr().out
+    assert [(item.label, item.pixels) for item in index.split("train")] == [(None, {})] * 3
+    assert run(town, skip_bad=True) == index  # up to date
+    assert "up to date (3 train, " in (out := capsys.readouterr().out) and "bad files" not in out
+    for name in "abc":
+        label(town.parent / f"raw/train_labels/{name}.png", CITY)
+    assert len(run(town).labelled("train")) == 3
 
 
 def test_a_list_with_folders_finds_images_and_labels(town: Path) -> None:

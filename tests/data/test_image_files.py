@@ -3,11 +3,12 @@
 import os
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from cluda_cli.data.image_files import DeepImage, has_end, load_image, read_header, read_pixels, scan_png
 from cluda_cli.errors import DataError
@@ -51,6 +52,29 @@ def test_an_orientation_behind_the_pixels_of_a_png_is_found_without_decoding_oth
     (tmp_path / "late.png").write_bytes(content[:-12] + late + content[-12:])
     assert read_header(tmp_path / "late.png").size == (24, 16)
     assert read_pixels(tmp_path / "late.png").shape == (24, 16, 3)
+
+
+@pytest.mark.parametrize("function", [read_pixels, load_image])
+def test_want_of_memory_is_not_blamed_on_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: Callable[[Path], object]
+) -> None:
+    def fail(_: ImageFile.ImageFile) -> None:
+        raise MemoryError
+
+    Image.fromarray(SCENE).save(tmp_path / "a.png")
+    monkeypatch.setattr(ImageFile.ImageFile, "load_prepare", fail)
+    with pytest.raises(MemoryError):
+        function(tmp_path / "a.png")
+
+
+def test_want_of_memory_does_not_lose_an_orientation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Image.Image) -> Image.Exif:
+        raise MemoryError
+
+    Image.fromarray(SCENE).save(tmp_path / "a.jpg", exif=exif(6))
+    monkeypatch.setattr(Image.Image, "getexif", fail)
+    with pytest.raises(MemoryError):
+        read_header(tmp_path / "a.jpg")
 
 
 @pytest.mark.parametrize("value", [0, 9, 300])

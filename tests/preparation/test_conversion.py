@@ -1,6 +1,7 @@
 """Checking and converting pairs, and what the journal keeps of it."""
 
 import dataclasses
+import errno
 import os
 import random
 import signal
@@ -10,22 +11,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from cluda_cli.data.image_files import Header
 from cluda_cli.data.labels import CITYSCAPES, ClassTable, build_id_table
-from cluda_cli.errors import DataError
+from cluda_cli.errors import DataError, EnvironmentProblem
 from cluda_cli.preparation import conversion
 from cluda_cli.preparation.conversion import (
     Conversion,
     Outcome,
     _check,
     convert,
+    convert_missing,
     format_line,
     hash_pair,
     read_journal,
     refuse_misfit,
     run_all,
+    scan_files,
 )
 from cluda_cli.preparation.label_files import IdLabels, Label
 from cluda_cli.preparation.pairing import Pair, Split
@@ -98,6 +101,39 @@ def test_a_scan_names_files_and_changes_with_them(dataset: Dataset) -> None:
     assert conversion.scan_files(dataset, folder).inputs != scan.inputs
     with pytest.raises(DataError, match=r"no images: split train: nothing matches \*\.jpg; .* holds 2 \.png"):
         conversion.scan_files(dataclasses.replace(dataset, splits=(Split("train", "*.jpg", required=True),)), folder)
+
+
+@pytest.mark.parametrize("file", ["a.png", "a_label.png"])
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EIO, "Input/output error")])
+def test_what_says_nothing_about_a_file_is_raised_and_tried_again(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, file: str, error: Exception
+) -> None:
+    folder, honest = dataset.root / "prepared", PngImagePlugin.PngImageFile.load_prepare
+
+    def fail(image: PngImagePlugin.PngImageFile) -> None:
+        if Path(str(image.filename)).name == file:
+            raise error
+        honest(image)
+
+    (dataset.root / "a.png").write_bytes((dataset.root / "a.png").read_bytes()[:-12])  # so that it is decoded
+    scan = scan_files(dataset, folder)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load_prepare", fail)
+    with pytest.raises((EnvironmentProblem, OSError), match=f"{file}.*: memory ran out|Input/output error.*{file}"):
+        convert_missing(scan, 1)
+    monkeypatch.undo()
+    assert [outcome.is_bad for outcome in convert_missing(scan, 1).values()] == [False]
+
+
+@pytest.mark.parametrize("error", [OSError("broken data stream"), OSError(errno.EINVAL, "Invalid argument")])
+def test_what_a_broken_file_causes_is_kept_as_its_problem(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(_: PngImagePlugin.PngImageFile) -> None:
+        raise error
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load_prepare", fail)
+    (problem,) = convert(Conversion(dataset.root, READER, PAIR, dataset.root / "out" / "a.png")).problems
+    assert (problem.kind, problem.file) == (Kind.UNREADABLE, "a_label.png")
 
 
 def test_few_tasks_or_one_worker_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,6 +169,29 @@ def test_an_image_in_two_splits_is_reported(tmp_path: Path) -> None:
     assert [(p.kind, p.file, p.detail) for p in found.problems] == [(Kind.SHARED, "i/02.png", "train, val")]
 
 
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_an_image_that_a_second_split_sees_through_a_link_is_reported(tmp_path: Path, what: str) -> None:
+    make(tmp_path, "train/01.png", "train/02.png")
+    if what == "folder":
+        (tmp_path / "val").symlink_to("train")
+    else:
+        (tmp_path / "val").mkdir()
+        (tmp_path / "val/02.png").symlink_to("../train/02.png")
+        (tmp_path / "train/03.png").symlink_to("01.png")  # twice in one split is not two splits
+    found = find_pairs(tmp_path, [Split("train", "train/*.png"), Split("val", "val/*.png")])
+    shared = [(p.file, p.detail) for p in found.problems if p.kind is Kind.SHARED]
+    first = [("train/01.png", "train, val as val/01.png")] if what == "folder" else []
+    assert shared == [*first, ("train/02.png", "train, val as val/02.png")]
+
+
+def test_a_mask_that_is_seen_through_a_link_is_no_image(tmp_path: Path) -> None:
+    make(tmp_path, "img/a.png", "lab/a.png")
+    (tmp_path / "img/extra").symlink_to("../lab")
+    assert paired(tmp_path, "img/**/*.png", "lab/*.png") == {"img/a.png": "lab/a.png"}
+    found = find_pairs(tmp_path, [Split("train", "img/extra/*.png", "lab/*.png")])
+    assert "all 1 files that match img/extra/*.png are also matched as labels" in found.problems[0].detail
+
+
 @pytest.mark.parametrize(
     ("images", "labels"),
     [

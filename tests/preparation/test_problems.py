@@ -32,5 +32,12 @@ def test_a_bad_file_becomes_a_problem() -> None:
     assert problem == Problem(Kind.IDS, "l/a.png", "9 in 2 pixels", {"9": 2})
 
 
+def test_a_problem_of_a_whole_split_leaves_out_no_file() -> None:
+    of_splits = {kind for kind in Kind if kind.text.startswith("splits")}
+    assert Kind.EMPTY in of_splits and Kind.BLANK in of_splits
+    assert not [kind for kind in of_splits if kind.leaves_out]
+    assert Kind.UNREADABLE.leaves_out
+
+
 def test_every_kind_is_reported_in_its_own_words() -> None:
     assert len({kind.text for kind in Kind}) == len(Kind)

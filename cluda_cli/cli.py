@@ -245,12 +245,7 @@ def _options(
 
 def _name_folder(preset: list[str], options: dict[str, Any], overrides: list[str]) -> Path:
     """runs/<presets>-<changes>, such as runs/dacs-small-seed=1. Data root and device are no changes of the result."""
-    from cluda_cli import presets
-
-    tree = options
-    for text in overrides:
-        tree = presets.merge(tree, presets.parse_override(text))
-    changes = presets.flatten(tree)
+    changes = _flatten_changes(options, overrides)
     for key in ("data.root", "training.device"):
         changes.pop(key, None)
     files = map(Path, preset)  # the settings of a run are named by their folder
@@ -266,6 +261,16 @@ def _name_folder(preset: list[str], options: dict[str, Any], overrides: list[str
     return Path("runs") / plain
 
 
+def _flatten_changes(options: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Settings that options and --set change, by their path."""
+    from cluda_cli import presets
+
+    tree = options
+    for text in overrides:
+        tree = presets.merge(tree, presets.parse_override(text))
+    return presets.flatten(tree)
+
+
 def _spell(value: Any) -> str:
     """A value of a setting as part of a name; the elements of a list are joined by +."""
     return "+".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -274,12 +279,13 @@ def _spell(value: Any) -> str:
 def _find_resumable(preset: list[str], options: dict[str, Any], overrides: list[str]) -> Path:
     """The folder of the run of these presets and changes; else that of the presets, where the changes take effect.
 
-    Without a preset, the folder of the newest run.
+    A run of another seed, source or target is never taken. Without a preset, the folder of the newest run.
     """
     runs = Path("runs")
     if preset:
         exact, plain = _name_folder(preset, options, overrides), _name_folder(preset, {}, [])
-        return exact if (exact / "settings.json").is_file() else plain
+        another_run = {"training.seed", "data.source", "data.target"} & _flatten_changes(options, overrides).keys()
+        return exact if another_run or (exact / "settings.json").is_file() else plain
     saved = sorted(runs.glob("*/resume/state.pt"), key=lambda path: path.stat().st_mtime)
     if not saved:
         raise SettingsError("no run to resume", runs, "name one with --run")

@@ -95,11 +95,13 @@ def remove_temporaries(folder: Path) -> None:
     for place, _, names in os.walk(folder):
         for name in filter(_TEMPORARY.fullmatch, names):
             path = Path(place) / name
-            with suppress(FileNotFoundError):
-                handle = os.open(path, os.O_RDWR)
-                if _lock(handle) is True:
-                    path.unlink(missing_ok=True)
-                os.close(handle)
+            with suppress(OSError):  # gone meanwhile, or another user's
+                handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    if _lock(handle) is True:
+                        path.unlink(missing_ok=True)
+                finally:
+                    os.close(handle)
 
 
 def is_vacant(folder: Path) -> bool:

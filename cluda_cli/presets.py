@@ -58,7 +58,7 @@ def read(name: str) -> dict[str, Any]:
     """The plain tree of one preset, not validated. Raises SettingsError for a file that does not parse."""
     path = find(name)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (ValueError, OSError, RecursionError) as error:
         raise SettingsError(f"cannot be read: {first_line(error)}", path, "correct the file") from error

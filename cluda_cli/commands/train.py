@@ -26,7 +26,7 @@ from cluda_cli.engine.pictures import write_pictures
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.sharding import unsharded
 from cluda_cli.engine.step import training_step
-from cluda_cli.errors import Interrupted
+from cluda_cli.errors import Interrupted, SettingsError
 from cluda_cli.inference.device import pick_device
 from cluda_cli.inference.metrics import Scores
 from cluda_cli.inference.scoring import compare_classes, score
@@ -95,6 +95,7 @@ def _build(
         index.check_files()
     if not resume:
         files.refuse_taken(overwrite)
+        _refuse_own_weights(settings, files.path)
     if target.labelled("val"):
         compare_classes(target.classes, joint_classes(sources))
     run = Run(settings, sources, device, resumed=resume)
@@ -105,6 +106,13 @@ def _build(
         pin_memory=device.type == "cuda", positions=positions, source_law=run.source_law,
     )  # fmt: skip
     return run, sources, target, stream
+
+
+def _refuse_own_weights(settings: Settings, folder: Path) -> None:
+    """Raises SettingsError for weights that lie in the folder of the new run, which would remove them."""
+    for name, value in (("model.start", settings.model.start), ("model.weights", settings.model.weights)):
+        if value and Path(value).is_file() and Path(value).resolve().is_relative_to(folder.resolve()):
+            raise SettingsError("lies in the folder that this run replaces", name, "copy it, or name another --run")
 
 
 def _loop(
@@ -262,8 +270,11 @@ def _warn_of_no_effect(settings: Settings) -> None:
         console.warn(f"the run ends before step {uncertain_from} (mixing.uncertain_detail_from)")
     if settings.masking != Masking() and not settings.objectives.masked:
         console.warn("the settings of masking have no effect without objectives.masked")
-    if settings.model.deeplab and settings.model.decoder != Decoder():
-        console.warn("the settings of model.decoder have no effect with model.deeplab")
+    head = "model.deeplab" if settings.model.deeplab else "model.pyramid" if settings.model.pyramid else ""
+    if head and settings.model.decoder != Decoder():
+        console.warn(f"the settings of model.decoder have no effect with {head}")
+    if settings.model.deeplab and settings.model.pyramid:
+        console.warn("model.pyramid has no effect with model.deeplab")
     if training.micro_batch and training.micro_batch >= settings.data.batch_size:
         console.warn("training.micro_batch has no effect: a batch is no larger")
 

@@ -92,7 +92,7 @@ def _exit_code(codes: Sequence[int], stopped: bool) -> int:
     Raises EnvironmentProblem if a signal ended a rank and no other rank has reported an error.
     """
     if stopped and any(codes):
-        return 130
+        return next((code for code in codes if 1 < code < 130), 130)  # a save that failed is no interruption
     killed = next((rank for rank, code in enumerate(codes) if code < 0), None)
     if killed is not None and max(codes) <= 1:
         what = f"process {killed} of {len(codes)} was ended by {signal.Signals(-codes[killed]).name}"

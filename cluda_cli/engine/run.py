@@ -85,8 +85,9 @@ class Run:
     def _try_crop(self) -> None:
         """Raises SettingsError now if the network cannot train on the crop, rather than in the first step."""
         data, micro_batch = self.settings.data, self.settings.training.micro_batch
-        count = data.batch_size % micro_batch or micro_batch if micro_batch else data.batch_size  # the smallest part
-        image = torch.zeros(min(count, data.batch_size), 3, *data.crop, device=self.device)
+        local = len(collectives.local_positions(data.batch_size))  # images of this rank
+        count = local % micro_batch or micro_batch if micro_batch else local  # the smallest part
+        image = torch.zeros(min(count, local), 3, *data.crop, device=self.device)
         before = [(buffer, buffer.clone()) for buffer in self.student.buffers()]
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -107,7 +108,9 @@ class Run:
 
         Nothing moves the batch-norm statistics of a teacher that labels nothing.
         """
-        views = {view for objective in self.objectives.values() for group in objective.reads for view in group}
+        steps = self.settings.training.steps
+        active = [o for o in self.objectives.values() if o.settings.weight > 0 and o.settings.start < steps]
+        views = {view for objective in active for group in objective.reads for view in group}
         return {"student": self.student} | ({"teacher": self.teacher.network} if views - {"source"} else {})
 
     @property

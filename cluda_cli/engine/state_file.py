@@ -37,6 +37,8 @@ def load_state(path: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
         if "state" not in content:
+            if not {"student", "optimizer", "step"} <= content.keys():
+                raise ValueError("its entries are damaged")
             return content
         state: dict[str, Any] = content["state"]
         damaged = checksum(state) != content.get("checksum")

@@ -56,7 +56,7 @@ def imitate_pseudo_labels(run: Run) -> None:
     """Replace the teacher's pseudo-labels and their weights, after it has computed them, by synthetic ones of a street.
 
     A random network predicts one class nearly everywhere, with low confidence. The cost of a contrast depends on the
-    sizes of the classes.
+    sizes of the classes, and on how many pixels are certain; here all are.
     """
     data, honest = run.settings.data, run.teacher.pseudo_labels
     drawn = generator(run.settings, "bench pseudo-labels")
@@ -65,7 +65,8 @@ def imitate_pseudo_labels(run: Run) -> None:
     def pseudo_labels(image: Tensor, valid: Tensor) -> PseudoLabels:
         weight = CONFIDENT_SHARE * valid.float()
         label = labels[torch.arange(len(image), device=run.device) % len(labels)]
-        return PseudoLabels(label, weight, honest(image, valid).probability)
+        honest(image, valid)  # for its cost
+        return PseudoLabels(label, weight, valid.float())
 
     run.teacher.pseudo_labels = pseudo_labels
 

@@ -32,7 +32,7 @@ class MultiResolution(Segmenter):
 
     def __init__(self, model: settings.Model, multires: settings.MultiResolution, crop: Size, num_classes: int) -> None:
         super().__init__(model, num_classes)
-        dim, dropout = multires.attention_dim, model.decoder.dropout
+        dim, dropout = multires.attention_dim, (model.pyramid or model.decoder).dropout
         light = settings.Decoder(embed_dim=dim, channels=dim, dilations=(), dropout=dropout)
         self.scale_attention = (
             DeepLabV2Decoder(model.deeplab, self.encoder.channels, num_classes)

@@ -191,7 +191,8 @@ def other_settings(published: Published, model: settings.Model) -> dict[str, Any
         "deeplab": model.deeplab or settings.DeepLabV2(),
     }
     current = presets.flatten({"model": model.model_copy(update=tables).model_dump(mode="json")})
-    current |= {"model.multires": model.multires is not None, "model.deeplab": model.deeplab is not None}
+    for table in ("multires", "deeplab", "pyramid"):
+        current[f"model.{table}"] = getattr(model, table) is not None
     return {path: value for path, value in told.items() if not _agree(value, current[path])}
 
 
@@ -215,9 +216,11 @@ def _told_by_decoder(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     embed_dim = _size(tensors, "decoder.embed_layers.0.proj.weight", 0)
     if channels is None or embed_dim is None:
         dilations = DEEPLAB_DILATIONS.get(_children(tensors, "decoder.aspp_modules."))
-        return {"model.deeplab": True, "model.deeplab.dilations": dilations} if dilations else {}
+        found = {"model.deeplab": True, "model.deeplab.dilations": dilations, "model.pyramid": False}
+        return found if dilations else {}
     told: dict[str, Any] = {
         "model.deeplab": False,
+        "model.pyramid": False,
         "model.decoder.embed_dim": embed_dim,
         "model.decoder.channels": channels,
         "model.decoder.embed_norm": "decoder.embed_layers.0.bn.weight" in tensors,

@@ -1,7 +1,7 @@
 """Pixel contrast with its gradient, of one resolution and of two.
 
-Features become unit vectors and labelled pixels are chosen (`contrast_pairs`); what is summed over pairs of pixels is
-computed in tiles (`contrast_tiles`). The gradient is computed in the forward pass and scaled in the backward pass.
+Features become unit vectors and labelled pixels are chosen (`pairs`); what is summed over pairs of pixels is
+computed in tiles (`tiles`). The gradient is computed in the forward pass and scaled in the backward pass.
 
 Legend: N pixels, n of them chosen, D channels.
 """

@@ -21,7 +21,7 @@ from cluda_cli.data.index import Index, joint_classes
 from cluda_cli.data.streams import batches
 from cluda_cli.distributed import collectives
 from cluda_cli.distributed.children import heeded_signals
-from cluda_cli.engine.folder import RunFolder
+from cluda_cli.engine.folder import RunFolder, Saved
 from cluda_cli.engine.pictures import write_pictures
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.sharding import unsharded
@@ -62,7 +62,11 @@ def _train(settings: Settings, files: RunFolder, resume: bool, overwrite: bool) 
         if not collectives.rank():
             _make_demo(settings)
     with collectives.fail_together():
-        run, sources, target, stream = _build(settings, files, resume, overwrite)
+        run, sources, target, saved = _build(settings, files, resume, overwrite)
+    if saved:  # to spread a state over ranks takes all of them, so only now, when all have read it
+        files.resume(run, saved)
+    with collectives.fail_together():
+        stream = _open_stream(run, sources, target)
     steps = settings.training.steps
     with _StopRequest() as stop:
         if not resume:  # only now, when all that can be wrong with settings and data has been found
@@ -85,10 +89,10 @@ def _train(settings: Settings, files: RunFolder, resume: bool, overwrite: bool) 
 
 def _build(
     settings: Settings, files: RunFolder, resume: bool, overwrite: bool
-) -> tuple[Run, list[Index], Index, Generator[Batch, None, None]]:
-    """The run at its step, its datasets, and the batches from there on; writes nothing but to resume."""
+) -> tuple[Run, list[Index], Index, Saved | None]:
+    """A new run, its datasets, and what it resumes from; writes nothing."""
     data, training = settings.data, settings.training
-    positions = collectives.local_positions(data.batch_size)
+    collectives.local_positions(data.batch_size)  # refuses a batch that the ranks cannot share
     device = pick_device(collectives.local_device(training.device))
     *sources, target = (prepared.find(name, data.root) for name in (*data.source, data.target))
     for index in (*sources, target):
@@ -99,13 +103,16 @@ def _build(
     if target.labelled("val"):
         compare_classes(target.classes, joint_classes(sources))
     run = Run(settings, sources, device, resumed=resume)
-    if resume:
-        files.resume(run, sources, target)
-    stream = batches(
-        sources, target, data, training.seed, run.step, training.steps,
-        pin_memory=device.type == "cuda", positions=positions, source_law=run.source_law,
+    return run, sources, target, files.read_saved(sources, target) if resume else None
+
+
+def _open_stream(run: Run, sources: Sequence[Index], target: Index) -> Generator[Batch, None, None]:
+    """The batches of this rank from the step of the run on."""
+    data, training = run.settings.data, run.settings.training
+    return batches(
+        sources, target, data, training.seed, run.step, training.steps, pin_memory=run.device.type == "cuda",
+        positions=collectives.local_positions(data.batch_size), source_law=run.source_law,
     )  # fmt: skip
-    return run, sources, target, stream
 
 
 def _refuse_own_weights(settings: Settings, folder: Path) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -29,6 +29,13 @@ from cluda_cli.engine.state_file import load_state, save_state
 from cluda_cli.errors import DataError, SettingsError, first_line
 from cluda_cli.files import is_vacant, locked, naming, write_json, write_text
 from cluda_cli.inference.weights_file import NetworkDescription, save_weights
+
+
+class Saved(NamedTuple):
+    """What a run resumes from."""
+
+    manifest: dict[str, Any]
+    state: dict[str, Any]
 
 
 class RunFolder:
@@ -68,11 +75,8 @@ class RunFolder:
         self._keep_settings(run, _manifest(run, sources, target))
         save_state(self.state, state)
 
-    def resume(self, run: Run, sources: Sequence[Index], target: Index) -> None:
-        """Bring a run to its last saved state and the folder's files to its step.
-
-        Raises DataError if the data are not those it began with, SettingsError if it is beyond its last step.
-        """
+    def read_saved(self, sources: Sequence[Index], target: Index) -> Saved:
+        """Read the manifest and the last saved state. Raises DataError if the data are not those the run began with."""
         try:
             began = json.loads(self.manifest.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
             used = [(str(data["name"]), data["fingerprint"]) for data in (*began["sources"], began["target"])]
@@ -86,7 +90,14 @@ class RunFolder:
             if index.fingerprint != fingerprint:
                 what = f"the dataset {name} changed since the run began"
                 raise DataError(what, index.folder, "start a new run with --run")
-        run.load_state_dict(load_state(self.state))
+        return Saved(began, load_state(self.state))
+
+    def resume(self, run: Run, saved: Saved) -> None:
+        """Bring a run to its saved state and the folder's files to its step; all ranks must call it.
+
+        Raises SettingsError if the state does not fit the run, or is beyond its last step.
+        """
+        run.load_state_dict(saved.state)
         steps = run.settings.training.steps
         if run.step > steps:
             raise SettingsError(
@@ -97,7 +108,7 @@ class RunFolder:
         if self.metrics.is_file():  # what was written after the saved state will be written again
             lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
             write_text(self.metrics, "".join(line + "\n" for line in lines if _belongs(line, run)))
-        self._keep_settings(run, began)
+        self._keep_settings(run, saved.manifest)
 
     def _keep_settings(self, run: Run, manifest: dict[str, Any]) -> None:
         """Write the settings in force; the manifest has them too, so that a later edit of the file is noticed."""

@@ -89,7 +89,7 @@ class Damage:
         return prepare(str(description), data, workers=1)[0].fingerprint
 
     def _resume(self) -> str:
-        self.files.resume(self.run, [self.source], self.target)
+        self.files.resume(self.run, self.files.read_saved([self.source], self.target))
         return ""
 
     def _read_state(self) -> str:

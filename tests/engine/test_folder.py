@@ -109,7 +109,7 @@ def test_a_resumed_run_forgets_lines_that_it_will_write_again(run, domains, fold
     with folder.metrics.open("a") as file:
         file.write('{"step": 4, "te')  # cut short by a kill
     fresh = Run(run.settings, domains[:1], CPU)
-    folder.resume(fresh, domains[:1], domains[1])
+    folder.resume(fresh, folder.read_saved(domains[:1], domains[1]))
     assert lines(folder) == kept
     assert (fresh.step, fresh.validated) == (4, 2)
 
@@ -118,7 +118,7 @@ def test_a_resumed_run_keeps_the_settings_in_force(tiny_settings, run, domains, 
     folder.begin(run, domains[:1], domains[1])
     tree = presets.merge(tiny_settings.model_dump(mode="json"), {"training": {"steps": 9}})
     longer = Run(presets.validate(tree), domains[:1], CPU)
-    folder.resume(longer, domains[:1], domains[1])
+    folder.resume(longer, folder.read_saved(domains[:1], domains[1]))
     assert presets.load([str(folder.settings)]) == longer.settings
 
 
@@ -126,22 +126,22 @@ def test_other_data_are_refused_on_resume(run, domains, folder):
     source, target = domains
     folder.begin(run, [source], target)
     with pytest.raises(DataError, match="the run began with other datasets: clean, noisy"):
-        folder.resume(run, [replace(source, name="other")], target)
+        folder.read_saved([replace(source, name="other")], target)
     manifest = json.loads(folder.manifest.read_text())
     manifest["sources"][0]["fingerprint"] = "0"
     folder.manifest.write_text(json.dumps(manifest))
     with pytest.raises(DataError, match="the dataset clean changed since the run began"):
-        folder.resume(run, [source], target)
+        folder.read_saved([source], target)
     folder.manifest.write_text("[]")
     with pytest.raises(DataError, match=r"manifest\.json: cannot be read .* -> start the run again with --overwrite"):
-        folder.resume(run, [source], target)
+        folder.read_saved([source], target)
 
 
 def test_a_state_beyond_the_last_step_is_refused(run, domains, folder):
     run.step = 7  # of 6
     folder.begin(run, domains[:1], domains[1])
     with pytest.raises(SettingsError, match=r"the run is at step 7, beyond 6 -> give a larger --steps"):
-        folder.resume(run, domains[:1], domains[1])
+        folder.resume(run, folder.read_saved(domains[:1], domains[1]))
 
 
 def test_only_the_first_rank_writes(run, domains, folder, monkeypatch):

@@ -57,8 +57,12 @@ def test_every_change_of_a_byte_is_noticed_or_changes_nothing(tmp_path):
 
 
 def test_a_state_of_an_earlier_version_has_no_checksum_and_is_read(tmp_path):
-    torch.save({"step": 3}, tmp_path / "state.pt")
-    assert load_state(tmp_path / "state.pt") == {"step": 3}
+    state = {"student": {}, "optimizer": {}, "step": 3}
+    torch.save(state, tmp_path / "state.pt")
+    assert load_state(tmp_path / "state.pt") == state
+    torch.save({"stade": state, "checksum": "0"}, tmp_path / "state.pt")
+    with pytest.raises(DataError, match="its entries are damaged"):
+        load_state(tmp_path / "state.pt")
 
 
 def test_what_is_no_state_is_one_clear_message(tmp_path):

@@ -1,10 +1,10 @@
 """The verb `predict`: checkpoint + images of any size -> masks, colours, overlays. H W pixels of one image."""
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def predict(
             progress.advance()
 
         predictions = _predict_all(trained, requests, outputs, skip)
-        for request, problem in prefetch(partial(_write, trained.classes), predictions, _count_pixels):
+        for request, problem in prefetch(functools.partial(_write, trained.classes), predictions, _count_pixels):
             if problem:
                 skip(request, problem)
                 continue
@@ -123,17 +123,18 @@ def find_images(inputs: Sequence[str], out: Path) -> list[tuple[Path, Path]]:
     In a folder, hidden files and earlier results in `out` are left out. Raises DataError if an input has no image.
     """
     found: dict[Path, tuple[Path, Path]] = {}
-    results = {Path(os.path.realpath(out / output)): out / output for output in OUTPUTS}
+    resolve = functools.cache(lambda folder: Path(os.path.realpath(folder)))
+    results = {resolve(out / output): out / output for output in OUTPUTS}
     for text in inputs:
         path = Path(text)
         if path.is_file():
             images = [(path, Path(path.name))]
         elif path.is_dir():
-            images = _search(path, [("**/*", 0)], results)
+            images = _search(path, [("**/*", 0)], results, resolve)
         elif path.exists():
             raise DataError("is neither a file nor a folder", text, "name images, folders of images, or globs")
         elif has_wildcard(text):
-            images = _search(*_read_glob(text), results)
+            images = _search(*_read_glob(text), results, resolve)
         else:
             raise DataError("no such file or folder", text, "name images, folders of images, or globs")
         if not images:
@@ -141,7 +142,7 @@ def find_images(inputs: Sequence[str], out: Path) -> list[tuple[Path, Path]]:
             what = "no images in this folder" if path.is_dir() else f"no image matches: {beside}"
             raise DataError(what, text, f"images end in {' '.join(sorted(IMAGE_SUFFIXES))}, in upper or lower case")
         for image, relative in images:
-            found.setdefault(Path(os.path.realpath(image.parent), image.name), (image, relative))
+            found.setdefault(resolve(image.parent) / image.name, (image, relative))
     return list(found.values())
 
 
@@ -158,25 +159,31 @@ def _read_glob(text: str) -> tuple[Path, list[tuple[str, int]]]:
     return root, [(pattern, depth), (f"{pattern}/**/*", depth + 1)]
 
 
-def _search(root: Path, patterns: Sequence[tuple[str, int]], results: Mapping[Path, Path]) -> list[tuple[Path, Path]]:
+def _search(
+    root: Path,
+    patterns: Sequence[tuple[str, int]],
+    results: Mapping[Path, Path],
+    resolve: Callable[[Path], Path],
+) -> list[tuple[Path, Path]]:
     """Images below a folder that match (glob, index of the first part of the path that names the results).
 
     Those in the folders `results` (real path -> path) are left out, unless `root` is in the same one.
     """
-    again, top, images = dict[str, str](), Path(os.path.realpath(root)), []
-    left_out = dict[Path, None]()
+    again, left_out, images = dict[str, str](), dict[Path, None](), []
+    holders = [result for result in results if not resolve(root).is_relative_to(result)]
     for pattern, start in patterns:
         for file in find_files(root, pattern, again):
             image = root / file.path
             if image.suffix.lower() not in IMAGE_SUFFIXES or not image.is_file():
                 continue
-            folder = Path(os.path.realpath(image.parent))
-            holders = [r for r in results if folder.is_relative_to(r) and not top.is_relative_to(r)]
-            left_out |= dict.fromkeys(holders)
-            if not holders:
+            folder = resolve(image.parent)
+            holder = next((result for result in holders if result == folder or result in folder.parents), None)
+            if holder:
+                left_out[holder] = None
+            else:
                 images.append((image, Path(*Path(file.path).parts[start:])))
     for link in again:
-        console.warn(f"{root / link} links to {os.path.realpath(root / link)}, whose images are taken once")
+        console.warn(f"{root / link} links to {resolve(root / link)}, whose images are taken once")
     for holder in left_out:
         console.info(f"left out {results[holder]}, a folder of results")
     return images

@@ -54,9 +54,13 @@ def find_pairs(root: Path, splits: Sequence[Split]) -> Pairs:
     A file that the labels of a split match is never an image, in no split. Files are compared where links lead.
     """
 
+    resolve_folder = functools.cache(os.path.realpath)
+
     @functools.cache
     def resolve(path: str) -> str:
-        return os.path.realpath(root / path)
+        folder, name = os.path.split(os.path.join(root, path))
+        real = os.path.join(resolve_folder(folder), name)
+        return os.path.realpath(real) if os.path.islink(real) else real
 
     result, again, strange = Pairs(), dict[str, str](), set[str]()
 

@@ -176,9 +176,8 @@ def _search(
             image = root / file.path
             if image.suffix.lower() not in IMAGE_SUFFIXES or not image.is_file():
                 continue
-            folder = resolve(image.parent)
-            holder = next((result for result in holders if result == folder or result in folder.parents), None)
-            if holder:
+            folder = f"{resolve(image.parent)}/"
+            if holder := next((result for result in holders if folder.startswith(f"{result}/")), None):
                 left_out[holder] = None
             else:
                 images.append((image, Path(*Path(file.path).parts[start:])))

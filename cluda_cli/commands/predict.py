@@ -1,12 +1,10 @@
 """The verb `predict`: checkpoint + images of any size -> masks, colours, overlays. H W pixels of one image."""
 
-import glob
+import functools
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluda_cli import console
+from cluda_cli.data.globs import check_glob, describe_beside, find_files, has_wildcard, split_root
 from cluda_cli.data.image_files import read_header
 from cluda_cli.data.index import IMAGE_SUFFIXES
 from cluda_cli.data.labels import ClassTable
@@ -90,7 +89,7 @@ def predict(
             progress.advance()
 
         predictions = _predict_all(trained, requests, outputs, skip)
-        for request, problem in prefetch(partial(_write, trained.classes), predictions, _count_pixels):
+        for request, problem in prefetch(functools.partial(_write, trained.classes), predictions, _count_pixels):
             if problem:
                 skip(request, problem)
                 continue
@@ -124,82 +123,69 @@ def find_images(inputs: Sequence[str], out: Path) -> list[tuple[Path, Path]]:
     In a folder, hidden files and earlier results in `out` are left out. Raises DataError if an input has no image.
     """
     found: dict[Path, tuple[Path, Path]] = {}
-    results = frozenset(os.path.realpath(out / output) for output in OUTPUTS)
+    resolve = functools.cache(lambda folder: Path(os.path.realpath(folder)))
+    results = {resolve(out / output): out / output for output in OUTPUTS}
     for text in inputs:
         path = Path(text)
-        is_glob = not path.exists() and glob.has_magic(text)
-        matches = _expand(text, results) if is_glob else [path]
-        images = [pair for match in matches for pair in _list_images(match, results, checked=is_glob)]
+        if path.is_file():
+            images = [(path, Path(path.name))]
+        elif path.is_dir():
+            images = _search(path, [("**/*", 0)], results, resolve)
+        elif path.exists():
+            raise DataError("is neither a file nor a folder", text, "name images, folders of images, or globs")
+        elif has_wildcard(text):
+            images = _search(*_read_glob(text), results, resolve)
+        else:
+            raise DataError("no such file or folder", text, "name images, folders of images, or globs")
         if not images:
-            if not is_glob and not path.exists():
-                raise DataError("no such file or folder", text, "name images, folders of images, or globs")
-            if not is_glob and not path.is_dir():
-                raise DataError("is neither a file nor a folder", text, "name images, folders of images, or globs")
-            what = "no image matches" if is_glob else "no images in this folder"
+            beside = describe_beside(Path(path.anchor), path.relative_to(path.anchor).as_posix())
+            what = "no images in this folder" if path.is_dir() else f"no image matches: {beside}"
             raise DataError(what, text, f"images end in {' '.join(sorted(IMAGE_SUFFIXES))}, in upper or lower case")
         for image, relative in images:
-            found.setdefault(image.absolute(), (image, relative))
+            found.setdefault(resolve(image.parent) / image.name, (image, relative))
     return list(found.values())
 
 
-def _expand(text: str, results: Collection[str]) -> list[Path]:
-    """Files and folders that match a glob. `**` follows links to folders, as `_walk` does."""
-    parts = Path(text).parts
-    if "**" not in parts:
-        return [Path(match) for match in sorted(glob.glob(text))]
-    first = parts.index("**")
-    folders = [Path(match) for match in sorted(glob.glob(str(Path(*parts[:first]))))]
-    files = [(file, file.relative_to(folder)) for folder in folders for file in _walk(folder, results)]
-    return [file for file, relative in files if _matches(relative.parts, parts[first:])]
+def _read_glob(text: str) -> tuple[Path, list[tuple[str, int]]]:
+    """The arguments of `_search` for a glob, which names files or folders. Raises DataError if it is no pattern."""
+    try:
+        check_glob(text)
+    except ValueError as error:
+        raise DataError(str(error), text, "correct the pattern") from error
+    root, pattern = split_root(text)
+    if "**" in pattern.split("/"):
+        return root, [(f"{pattern}/*" if pattern.endswith("**") else pattern, -1)]
+    depth = pattern.count("/")
+    return root, [(pattern, depth), (f"{pattern}/**/*", depth + 1)]
 
 
-def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether the parts of a path match those of a glob, of which `**` stands for any number of folders."""
-    if not pattern:
-        return not parts
-    if pattern[0] == "**":
-        return any(_matches(parts[i:], pattern[1:]) for i in range(len(parts) + 1))
-    return bool(parts) and fnmatch(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+def _search(
+    root: Path,
+    patterns: Sequence[tuple[str, int]],
+    results: Mapping[Path, Path],
+    resolve: Callable[[Path], Path],
+) -> list[tuple[Path, Path]]:
+    """Images below a folder that match (glob, index of the first part of the path that names the results).
 
-
-def _list_images(path: Path, results: Collection[str], checked: bool) -> Iterator[tuple[Path, Path]]:
-    """Yield the images of a folder, or a file. With `checked`, a file must have the suffix of an image."""
-    if path.is_file() and (not checked or path.suffix.lower() in IMAGE_SUFFIXES):
-        yield path, Path(path.name)
-    elif path.is_dir():
-        for image in _walk(path, results):
-            if image.suffix.lower() in IMAGE_SUFFIXES and image.is_file():
-                yield image, image.relative_to(path)
-
-
-def _walk(folder: Path, results: Collection[str]) -> list[Path]:
-    """List the files below a folder, sorted, without hidden ones and without those in the folders `results` below it.
-
-    Links to folders are followed after all folders that need none. Each folder is searched once, so loops end.
+    Those in the folders `results` (real path -> path) are left out, unless `root` is in the same one.
     """
-    files: list[Path] = []
-    waiting, searched = [folder], set[str]()
-
-    def refuse(error: OSError) -> None:
-        raise error  # os.walk would leave the folder out
-
-    while waiting:
-        start = waiting.pop(0)
-        for root, names, found in os.walk(start, onerror=refuse):
-            real, here = os.path.realpath(root), Path(root)
-            if real in searched and here == start:
-                console.warn(f"{here} links to {real}, whose images are taken once")
-            if real in results and here != folder:
-                console.info(f"left out {here}, a folder of results")
-            if real in searched or (real in results and here != folder):
-                names.clear()
+    again, left_out, images = dict[str, str](), dict[Path, None](), []
+    holders = [result for result in results if not resolve(root).is_relative_to(result)]
+    for pattern, start in patterns:
+        for file in find_files(root, pattern, again):
+            image = root / file.path
+            if image.suffix.lower() not in IMAGE_SUFFIXES or not image.is_file():
                 continue
-            searched.add(real)
-            visible = sorted(name for name in names if not name.startswith("."))
-            waiting += [here / name for name in visible if (here / name).is_symlink()]
-            names[:] = [name for name in visible if not (here / name).is_symlink()]
-            files += [here / name for name in found if not name.startswith(".")]
-    return sorted(files)
+            folder = f"{resolve(image.parent)}/"
+            if holder := next((result for result in holders if folder.startswith(f"{result}/")), None):
+                left_out[holder] = None
+            else:
+                images.append((image, Path(*Path(file.path).parts[start:])))
+    for link in again:
+        console.warn(f"{root / link} links to {resolve(root / link)}, whose images are taken once")
+    for holder in left_out:
+        console.info(f"left out {results[holder]}, a folder of results")
+    return images
 
 
 def _plan(images: Sequence[tuple[Path, Path]], out: Path, outputs: Sequence[str]) -> list[_Request]:

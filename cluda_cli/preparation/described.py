@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from cluda_cli.data.globs import check_glob
 from cluda_cli.data.index import IMAGE_SUFFIXES
 from cluda_cli.data.labels import CITYSCAPES, IGNORE, THING_NAMES, ClassTable, Color, LabelClass, build_id_table
 from cluda_cli.errors import DataError, SettingsError, first_line, nearest
-from cluda_cli.preparation.globs import check_glob
 from cluda_cli.preparation.label_files import MAX_CLASSES, MAX_TOLERANCE, ColorLabels, IdLabels, LabelReader
 from cluda_cli.preparation.pairing import Split
 from cluda_cli.preparation.published import Dataset

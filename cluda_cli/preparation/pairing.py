@@ -4,11 +4,11 @@ import functools
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluda_cli.preparation.globs import Found, describe_beside, escape, find_files, is_text, split_name
+from cluda_cli.data.globs import Found, describe_beside, escape, find_files, is_text
 from cluda_cli.preparation.problems import Kind, Problem
 
 LONGEST_STEM = 180  # bytes
@@ -54,31 +54,40 @@ def find_pairs(root: Path, splits: Sequence[Split]) -> Pairs:
     A file that the labels of a split match is never an image, in no split. Files are compared where links lead.
     """
 
+    resolve_folder = functools.cache(os.path.realpath)
+
     @functools.cache
     def resolve(path: str) -> str:
-        return os.path.realpath(root / path)
+        folder, name = os.path.split(os.path.join(root, path))
+        real = os.path.join(resolve_folder(folder), name)
+        return os.path.realpath(real) if os.path.islink(real) else real
 
-    result, loops, strange = Pairs(), set[str](), set[str]()
+    result, again, strange = Pairs(), dict[str, str](), set[str]()
 
-    def find(pattern: str | None) -> list[Found]:
-        found = list(find_files(root, pattern, loops)) if pattern else []
-        strange.update(file.path for file in found if not is_text(file.path))
-        return [file for file in found if is_text(file.path)]
+    def keep_text(found: Iterable[Found]) -> list[Found]:
+        files = list(found)
+        strange.update(file.path for file in files if not is_text(file.path))
+        return [file for file in files if is_text(file.path)]
 
-    labels = {split.name: find(split.labels) for split in splits}
+    labels = {
+        # Through a link, labels may serve several images.
+        split.name: keep_text(find_files(root, split.labels, repeat=True)) if split.labels else []
+        for split in splits
+    }
     masks = {resolve(label.path) for found in labels.values() for label in found}
     for split in splits:
-        matching = find(split.images)
+        matching = keep_text(find_files(root, split.images, again))
         images = [image for image in matching if resolve(image.path) not in masks and _belongs(image, split)]
-        images, again = _take_once(root, images)
-        result.problems += [Problem(Kind.LINKED, path, f"in split {split.name}") for path in again]
         if not images:
             only_masks = all(resolve(file.path) in masks for file in matching)
             result.problems.append(_explain_empty(root, split, len(matching), only_masks))
         _pair(root, split, images, labels[split.name], result)
     result.problems += _find_shared(result.pairs, resolve)
     result.problems += [Problem(Kind.NAME, escape(path)) for path in sorted(strange)]
-    result.problems += [Problem(Kind.LOOP, escape(path)) for path in sorted(loops)]
+    result.problems += [
+        Problem(Kind.LINKED, escape(path), f"leads to {escape(first) or 'the dataset itself'}")
+        for path, first in sorted(again.items())
+    ]
     return result
 
 
@@ -132,19 +141,6 @@ def match_labels(images: Sequence[Found], labels: Sequence[Found]) -> tuple[dict
 
 def _belongs(found: Found, split: Split) -> bool:
     return split.keep is None or any(split.keep(name) for name in found.names)
-
-
-def _take_once(root: Path, images: Sequence[Found]) -> tuple[list[Found], list[str]]:
-    """Images without those found again through a link to a folder, and the paths of the latter."""
-    top, first = os.path.realpath(root), dict[tuple[str, str], str]()
-    folders = {split_name(image.path)[0] for image in images}
-    real = {folder: os.path.realpath(os.path.join(root, folder)) for folder in folders}
-    linked = {folder: real[folder] != os.path.normpath(os.path.join(top, folder)) for folder in folders}
-    for image in sorted(images, key=lambda image: linked[split_name(image.path)[0]]):
-        folder, name = split_name(image.path)
-        first.setdefault((real[folder], name), image.path)
-    kept = set(first.values())
-    return [image for image in images if image.path in kept], [i.path for i in images if i.path not in kept]
 
 
 def _explain_empty(root: Path, split: Split, num_matching: int, only_masks: bool) -> Problem:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluda_cli.data.globs import find_files
 from cluda_cli.data.index import DEMO_NAMES
 from cluda_cli.data.labels import (
     CAMVID,
@@ -19,7 +20,6 @@ from cluda_cli.data.labels import (
 from cluda_cli.errors import DataError
 from cluda_cli.preparation.archives import Archive
 from cluda_cli.preparation.camvid import CAMVID_COLORS, SEGNET_LABELS, find_camvid_split
-from cluda_cli.preparation.globs import find_files
 from cluda_cli.preparation.label_files import FirstChannelLabels, IdLabels, LabelReader
 from cluda_cli.preparation.pairing import Split
 

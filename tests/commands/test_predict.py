@@ -185,6 +185,54 @@ def test_links_to_folders_are_followed_once_and_loops_are_named(
     assert [image.name for image, _ in found] == ["b.png"]
 
 
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*.jpg", {"B.JPG": "B.JPG", "a.jpg": "a.jpg"}),
+        ("**/*.jpg", {"B.JPG": "B.JPG", "a.jpg": "a.jpg", "s/deep/d.jpg": "d.jpg"}),
+        ("[^a]*", {"B.JPG": "B.JPG", "c[1].png": "c[1].png", "s/deep/d.jpg": "deep/d.jpg", "s/e.png": "e.png"}),
+        ("s*", {"s/deep/d.jpg": "deep/d.jpg", "s/e.png": "e.png"}),
+        ("s/**", {"s/deep/d.jpg": "d.jpg", "s/e.png": "e.png"}),
+        ("c[1].png", {"c[1].png": "c[1].png"}),
+    ],
+)
+def test_globs_name_files_and_folders(tmp_path: Path, pattern: str, expected: dict[str, str]) -> None:
+    for name in ("a.jpg", "B.JPG", "c[1].png", "s/e.png", "s/deep/d.jpg", "s/f.txt", ".hidden/h.png"):
+        (tmp_path / "p" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "p" / name).touch()
+    found = find_images([str(tmp_path / "p" / pattern)], tmp_path / "out")
+    assert {str(image.relative_to(tmp_path / "p")): str(relative) for image, relative in found} == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("p/*.bmp", "p holds 1 .png"),
+        ("q/*.png", "there is no folder q in .*, only p"),
+        ("p/[z-a].png", r'"\[z-a\].png" is no pattern: .* -> correct the pattern'),
+    ],
+)
+def test_a_glob_without_an_image_says_what_is_there(tmp_path: Path, pattern: str, words: str) -> None:
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p/a.png").touch()
+    with pytest.raises(DataError, match=words):
+        find_images([str(tmp_path / pattern)], tmp_path / "out")
+
+
+def test_an_image_that_two_inputs_reach_is_taken_once(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p/a.png").touch()
+    (tmp_path / "q").symlink_to("p")
+    found = find_images([str(tmp_path / name) for name in ("p", "q", "q/*.png", "?/a.png")], tmp_path / "out")
+    assert found == [(tmp_path / "p/a.png", Path("a.png"))]
+
+
+@pytest.mark.parametrize("text", ["out/color", "out/color/*.png", "out/color/a.png"])
+def test_results_are_images_where_the_user_names_them(tmp_path: Path, text: str) -> None:
+    save_picture(tmp_path / "out/color/a.png")
+    assert find_images([str(tmp_path / text)], tmp_path / "out") == [(tmp_path / "out/color/a.png", Path("a.png"))]
+
+
 def test_what_is_neither_a_file_nor_a_folder_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(DataError, match="is neither a file nor a folder"):

@@ -1,11 +1,13 @@
 """Which files a glob finds, and what its wildcards stand for."""
 
+import errno
 import fnmatch
+import os
 from pathlib import Path
 
 import pytest
 
-from cluda_cli.preparation.globs import check_glob, find_files
+from cluda_cli.data.globs import check_glob, find_files, split_root
 
 
 def make(root: Path, *names: str) -> None:
@@ -28,6 +30,66 @@ def test_links_to_folders_are_followed(tmp_path: Path) -> None:
 def test_a_link_to_nothing_is_found_so_that_it_is_reported(tmp_path: Path) -> None:
     (tmp_path / "a.png").symlink_to(tmp_path / "nowhere")
     assert [found.path for found in find_files(tmp_path, "*.png")] == ["a.png"]
+
+
+@pytest.mark.parametrize("pattern", ["**/*.png", "*/**/*.png", "**/?/**/*.png"])
+def test_folders_that_link_to_each_other_are_searched_once(tmp_path: Path, pattern: str) -> None:
+    names = "abcdefghijkl"
+    make(tmp_path, "a/1.png", *(f"{name}/{name}.txt" for name in names))
+    for name in names:
+        for other in set(names) - {name}:
+            (tmp_path / name / other).symlink_to(f"../{other}")
+    again = dict[str, str]()
+    assert [found.path for found in find_files(tmp_path, pattern, again)] == ["a/1.png"]
+    assert again["a/b"] == "b" and len(again) >= 12 * 11
+
+
+def test_a_path_without_links_is_preferred(tmp_path: Path) -> None:
+    make(tmp_path, "z/deep/1.png")
+    (tmp_path / "a").symlink_to("z")
+    (tmp_path / "b").symlink_to("z/deep")
+    again = dict[str, str]()
+    assert [found.path for found in find_files(tmp_path, "**/*.png", again)] == ["z/deep/1.png"]
+    assert again == {"a": "z", "b": "z/deep"}
+
+
+def test_files_are_repeated_below_each_link_but_no_loop(tmp_path: Path) -> None:
+    make(tmp_path, "real/1.png", "real/s/2.png")
+    (tmp_path / "fog").symlink_to("real")
+    (tmp_path / "real/back").symlink_to(".")
+    (tmp_path / "real/s/top").symlink_to(tmp_path)
+    found = {found.path: found.folder for found in find_files(tmp_path, "**/*.png", repeat=True)}
+    assert found == {"fog/1.png": "fog", "fog/s/2.png": "fog/s", "real/1.png": "real", "real/s/2.png": "real/s"}
+    (tmp_path / "real/back").unlink()
+    (tmp_path / "real/b").symlink_to("s")
+    assert [f.path for f in find_files(tmp_path, "real/**/s/*.png", repeat=True)] == ["real/s/2.png"]
+
+
+def test_a_folder_that_may_not_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "a/1.png", "closed/2.png")
+    honest = os.listdir
+
+    def refuse(folder: str) -> list[str]:
+        if folder.rstrip("/").endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", folder)
+        return honest(folder)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(PermissionError, match="closed"):
+        list(find_files(tmp_path, "**/*.png"))
+
+
+@pytest.mark.parametrize(
+    ("text", "root", "rest"),
+    [
+        ("a/b/*/c.png", "a/b", "*/c.png"),
+        ("*.png", ".", "*.png"),
+        ("/a/**/*.png", "/a", "**/*.png"),
+        ("../a[1]/b", "..", "a[1]/b"),
+    ],
+)
+def test_the_folder_before_the_first_wildcard(text: str, root: str, rest: str) -> None:
+    assert split_root(text) == (Path(root), rest)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import functools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -37,69 +37,94 @@ class Found:
         return self.stem, self.key, below + self.stem, below + self.key, without_suffix
 
 
-def find_files(root: Path, pattern: str, loops: set[str] | None = None) -> Iterator[Found]:
+def find_files(root: Path, pattern: str, again: dict[str, str] | None = None, repeat: bool = False) -> Iterator[Found]:
     """Files below `root` that match a glob, sorted by path.
 
     Wildcards are `*`, `?`, `[...]` and, for whole folders, `**`. They do not match hidden files (macOS leaves some
     behind). Upper and lower case differ, but for the suffix of the file: `*.jpg` matches `a.JPG`. Links to folders are
-    followed; one that leads back to a folder on its own path is not, and is added to `loops`. A link to nothing is
-    found; it is reported when it is read.
+    followed, and each folder is searched once, under a path without links if there is one. Other paths to it are added
+    to `again`, with the one that was searched. With `repeat`, its files are found below those paths, too, but not below
+    one that leads back to a folder on itself. A link to nothing is found; it is reported when it is read.
+
+    Raises OSError if a folder may not be read.
     """
     folder_glob, name_glob = split_name(pattern)
     suffix_is_wild = _WILD_SUFFIX.search(name_glob)
-    loops = set() if loops is None else loops
     if not root.is_dir():
         return
-    for path in sorted(set(_walk(str(root), "", pattern.split("/"), (_identify(str(root)),), loops))):
+    first_paths = dict[str, str]()
+    paths = set(_walk(str(root), pattern, first_paths))
+    if repeat:
+        paths |= set(_repeat(paths, first_paths))
+    if again is not None:
+        again |= first_paths
+    for path in sorted(paths):
         folder, name = split_name(path)
-        folder_parts, name_parts = _capture(_compile(folder_glob), folder), _capture(_compile_name(name_glob), name)
+        of_folder, of_name = _compile(folder_glob).fullmatch(folder), _compile_name(name_glob).fullmatch(name)
+        if not of_folder or not of_name:  # a repeated path that is none of the glob
+            continue
+        name_parts = of_name.groups()
         if suffix_is_wild and len(name_parts) > 1:
             key = "_".join(name_parts[:-1])
         else:
             key = "_".join(name_parts)
             if key and name_glob[-1] in "*?]":  # the last wildcard stands for the suffix as well
                 key = str(PurePosixPath(key).with_suffix(""))
-        yield Found(path, "/".join(part.strip("/") for part in folder_parts if part.strip("/")), key)
+        yield Found(path, "/".join(part.strip("/") for part in of_folder.groups() if part.strip("/")), key)
 
 
-def _walk(
-    root: str, below: str, parts: Sequence[str], above: tuple[tuple[int, int], ...], loops: set[str]
-) -> Iterator[str]:
-    """Paths of files in the folder `below` that match the parts of a glob. `above` identifies it and those it is in."""
-    part, rest = parts[0], parts[1:]
-    if part == "**":
-        yield from _walk(root, below, rest, above, loops)
-    pattern = _compile("*" if part == "**" else part) if rest else _compile_name(part)
-    try:
-        names = sorted(os.listdir(os.path.join(root, below)))
-    except (OSError, ValueError):  # no such folder, or one that may not be read
-        return
-    for name in names:
-        if not pattern.fullmatch(name) or (name.startswith(".") and not part.startswith(".")):
+def _walk(root: str, pattern: str, again: dict[str, str]) -> Iterator[str]:
+    """Paths of files that match a glob. A folder is searched once for each rest of the glob, links after all others."""
+    waiting, linked = [("", tuple(pattern.split("/")))], list[tuple[str, tuple[str, ...]]]()
+    searched = dict[tuple[str, tuple[str, ...]], str]()
+    while waiting or linked:
+        below, parts = (waiting or linked).pop(0)
+        folder = os.path.join(root, below)
+        mark = os.path.realpath(folder), parts
+        if mark in searched:
+            if searched[mark] != below:
+                again[below[:-1]] = searched[mark][:-1]
             continue
-        path = os.path.join(root, below + name)
-        is_folder = os.path.isdir(path)
-        if not rest and not is_folder:
-            yield below + name
-        elif rest and is_folder:
-            identity = _identify(path)
-            if identity in above:
-                loops.add(below + name)
-            else:
+        searched[mark] = below
+        part, rest = parts[0], parts[1:]
+        if part == "**":
+            waiting.append((below, rest))
+        regex = _compile("*" if part == "**" else part) if rest else _compile_name(part)
+        for name in sorted(os.listdir(folder)):
+            if not regex.fullmatch(name) or (name.startswith(".") and not part.startswith(".")):
+                continue
+            path = os.path.join(folder, name)
+            is_folder = os.path.isdir(path)
+            if not rest and not is_folder:
+                yield below + name
+            elif rest and is_folder:
                 deeper = parts if part == "**" else rest
-                yield from _walk(root, f"{below}{name}/", deeper, (*above, identity), loops)
+                (linked if os.path.islink(path) else waiting).append((f"{below}{name}/", deeper))
 
 
-def _identify(folder: str) -> tuple[int, int]:
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino
+def _repeat(paths: Iterable[str], again: Mapping[str, str]) -> Iterator[str]:
+    """The paths in folders that were searched under another path, below each further path that is no loop."""
+    for further, first in again.items():
+        if not f"{further}/".startswith(f"{first}/"):
+            yield from (further + path[len(first) :] for path in paths if path.startswith(f"{first}/"))
+
+
+def has_wildcard(text: str) -> bool:
+    return bool(_RUN.search(text))
+
+
+def split_root(text: str) -> tuple[Path, str]:
+    """The folder before the first wildcard, and the rest: `a/b/*/c.png` -> `a/b`, `*/c.png`."""
+    parts = Path(text).parts
+    first = next((i for i, part in enumerate(parts) if has_wildcard(part)), len(parts) - 1)
+    return Path(*parts[:first]), "/".join(parts[first:])
 
 
 def describe_beside(root: Path, pattern: str) -> str:
     """What lies where a glob that finds nothing looks: `there is no folder val in data, only train, valid`."""
     folder = root
     for part in pattern.split("/")[:-1]:
-        if _RUN.search(part) or part == "**":
+        if has_wildcard(part):
             break
         if not (folder / part).is_dir():
             have = sorted(name for name in _list(folder) if (folder / name).is_dir())
@@ -141,13 +166,6 @@ def check_glob(pattern: str) -> None:
             _compile(part)
         except re.error as error:
             raise ValueError(f'"{part}" is no pattern: {error.msg}') from error
-
-
-def _capture(pattern: re.Pattern[str], text: str) -> tuple[str, ...]:
-    """What each run of wildcards stands for in a text that the walk has found to match."""
-    found = pattern.fullmatch(text)
-    assert found
-    return found.groups()
 
 
 @functools.cache

@@ -24,7 +24,7 @@ from cluda_cli import __version__, console
 from cluda_cli.data.index import Index, Item, find
 from cluda_cli.data.labels import IGNORE
 from cluda_cli.data.transforms import read_image, read_label
-from cluda_cli.errors import SettingsError
+from cluda_cli.errors import SettingsError, is_out_of_memory, out_of_memory
 from cluda_cli.files import is_vacant, locked, make_unique, sha256, write_json
 from cluda_cli.inference.device import pick_device
 from cluda_cli.inference.metrics import count_values
@@ -60,7 +60,8 @@ def pseudo_label(
     most 0.9. The median comes from the 256 levels of the confidence maps, so it is exact to 0.002. Labels of the split
     are not read.
 
-    Raises SettingsError if the folder is taken or the threshold out of range, DataError if a file cannot be used.
+    Raises SettingsError if the folder is taken or the threshold out of range, DataError if a file cannot be used,
+    EnvironmentProblem that names the image if memory runs out.
     """
     if not 0 <= threshold <= 1:
         raise SettingsError(f"{threshold} is not in 0..1", "--threshold", "0 keeps every pixel, 0.968 is usual")
@@ -154,10 +155,19 @@ def _predict_all(
     top, bottom, left, right = index.margins
 
     def read(named: tuple[Item, str]) -> tuple[ResizedImage, tuple[Item, str]]:
-        return fit_image(read_image(index.image_path(named[0])), settings.data.target_box, total.device), named
+        try:
+            return fit_image(read_image(index.image_path(named[0])), settings.data.target_box, total.device), named
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise out_of_memory(named[0].size, index.image_path(named[0])) from None
+
+    def refuse(named: tuple[Item, str]) -> None:
+        raise out_of_memory(named[0].size, index.image_path(named[0]))
 
     images = prefetch(read, zip(items, names, strict=True), lambda named: math.prod(named[0].size))
-    for (item, name), label, confidence in segment(trained.network, images, settings.inference, confidence=True):
+    results = segment(trained.network, images, settings.inference, confidence=True, skip=refuse)
+    for (item, name), label, confidence in results:
         assert confidence is not None
         level = (confidence * 255).round().to(torch.uint8)
         height, width = label.shape

@@ -17,7 +17,7 @@ from cluda_cli.commands.pseudo_label import compute_thresholds, pseudo_label
 from cluda_cli.data.index import Index, Item, find
 from cluda_cli.data.labels import CITYSCAPES, IGNORE, ClassTable
 from cluda_cli.data.transforms import read_image
-from cluda_cli.errors import DataError, SettingsError
+from cluda_cli.errors import DataError, EnvironmentProblem, SettingsError
 from cluda_cli.files import locked
 from cluda_cli.inference.sliding import image_logits
 from cluda_cli.inference.weights_file import NetworkDescription, save_weights
@@ -225,6 +225,20 @@ def test_failed_run_leaves_no_dataset(checkpoint: Path, data: Index) -> None:
     folder = checkpoint.parent / "pseudo-labels" / "toy-train"
     assert not (folder / "index.json").exists()
     assert json.loads((folder / "manifest.json").read_text()) == {"kind": "pseudo-labels"}
+
+
+@pytest.mark.parametrize("function", ["read_image", "fit_image", "Segmenter.forward"])
+def test_memory_that_runs_out_names_the_image(
+    checkpoint: Path, data: Index, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    def exhaust(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    where = "cluda_cli.models.segmenter" if "." in function else "cluda_cli.commands.pseudo_label"
+    monkeypatch.setattr(f"{where}.{function}", exhaust)
+    with pytest.raises(EnvironmentProblem, match="memory ran out on 40 x 72 pixels") as caught:
+        pseudo_label(checkpoint, device="cpu")
+    assert caught.value.where == str(data.image_path(data.split("train")[0])) and "--device cpu" in caught.value.remedy
 
 
 @pytest.mark.parametrize("left", [[".cluda-abcd1234.tmp.json"], [".cluda-lock"], ["manifest.json"]], ids=str)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluda_cli import __version__, console
-from cluda_cli.data.index import Index, Item, find
+from cluda_cli.data.index import Index, Item, find, read_stamp
 from cluda_cli.data.labels import IGNORE
 from cluda_cli.data.transforms import read_image, read_label
 from cluda_cli.errors import SettingsError, is_out_of_memory, out_of_memory
@@ -175,7 +175,8 @@ def _predict_all(
         total += count_values(label[inner].int() * 256 + level[inner], total.numel()).view_as(total)
         kept = torch.full_like(label, IGNORE)
         kept[inner] = torch.where(confidence >= threshold, label, kept)[inner]
-        labelled = Item(item.image, f"labels/train/{name}.png", (height, width))
+        stamp = (*read_stamp(index.image_path(item)), 0, 0)  # that of the label follows when it is written
+        labelled = Item(item.image, f"labels/train/{name}.png", (height, width), stamp=stamp)
         yield _Prediction(labelled, HostCopy(kept), HostCopy(level))
 
 
@@ -185,11 +186,12 @@ def _write(out: Path, prediction: _Prediction) -> Item:
 
 
 def _write_label(out: Path, item: Item, label: Pixels) -> Item:
-    """Write the label. Returns the item with its pixel counts."""
-    assert item.label is not None
+    """Write the label. Returns the item with its pixel counts and the stamp of the label."""
+    assert item.label is not None and item.stamp is not None
     write_png(out / item.label, label)
     counts = np.bincount(label.ravel(), minlength=256)[:IGNORE].tolist()
-    return replace(item, pixels={train_id: count for train_id, count in enumerate(counts) if count})
+    pixels = {train_id: count for train_id, count in enumerate(counts) if count}
+    return replace(item, pixels=pixels, stamp=(*item.stamp[:2], *read_stamp(out / item.label)))
 
 
 def _confidence_path(out: Path, item: Item) -> Path:

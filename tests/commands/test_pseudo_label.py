@@ -171,6 +171,24 @@ def test_per_class_thresholds_are_medians(checkpoint: Path, data: Index) -> None
     assert any(value is not None and value < 0.9 for value in thresholds.values())
 
 
+@pytest.mark.parametrize("per_class", [False, True])
+def test_changed_files_are_noticed_when_a_run_begins(
+    checkpoint: Path, data: Index, capsys: pytest.CaptureFixture[str], per_class: bool
+) -> None:
+    made = Index.load(pseudo_label(checkpoint, per_class=per_class, device="cpu"))
+    capsys.readouterr()
+    made.check_files()
+    assert capsys.readouterr().err == ""
+    first, second, _ = made.split("train")
+    for path in (made.image_path(first), made.label_path(second)):
+        content = path.read_bytes()
+        path.write_bytes(content + b"more")
+        with pytest.raises(DataError, match="1 files changed") as caught:
+            made.check_files()
+        assert str(path) in caught.value.what
+        path.write_bytes(content)
+
+
 def test_median_of_levels() -> None:
     histogram = torch.zeros(4, 256, dtype=torch.int64)
     histogram[0, [51, 102, 153]] = torch.tensor([5, 1, 5])  # the middle one of 11

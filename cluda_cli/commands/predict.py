@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from cluda_cli.errors import CludaError, DataError, SettingsError, is_out_of_mem
 from cluda_cli.files import locked, make_unique
 from cluda_cli.inference.device import pick_device
 from cluda_cli.inference.prefetch import HostCopy, prefetch, write_png
-from cluda_cli.inference.sliding import ResizedImage, fit_image, segment
+from cluda_cli.inference.sliding import ResizedImage, fit_image, quantise, segment
 from cluda_cli.inference.weights_file import TrainedNetwork, load_weights
 
 OUTPUTS = ("train-id", "label-id", "color", "overlay", "confidence")
@@ -259,7 +258,7 @@ def _predict_all(
     wanted = "confidence" in outputs
     results = segment(trained.network, read_all(), settings.inference, confidence=wanted, skip=give_up)
     for (request, pixels), label, confidence in results:
-        level = None if confidence is None else HostCopy(_quantise(confidence))
+        level = None if confidence is None else HostCopy(quantise(confidence))
         yield _Prediction(request, pixels, HostCopy(label), level)
 
 
@@ -269,12 +268,6 @@ def _read_size(path: Path) -> tuple[int, int]:
         return read_header(path).size
     except DataError:
         return 0, 0
-
-
-def _quantise(confidence: Tensor) -> Tensor:
-    """Map 0..1 to 0..255, some rows at a time to bound memory.  # float32 H W -> uint8 H W"""
-    rows = max(PIXELS_AT_ONCE // confidence.shape[1], 1)
-    return torch.cat([part.mul(255).round_().to(torch.uint8) for part in confidence.split(rows)])
 
 
 def _count_pixels(prediction: _Prediction) -> int:

@@ -13,12 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
+from cluda_cli.commands import pseudo_label as verb
 from cluda_cli.commands.pseudo_label import compute_thresholds, pseudo_label
 from cluda_cli.data.index import Index, Item, find
 from cluda_cli.data.labels import CITYSCAPES, IGNORE, ClassTable
 from cluda_cli.data.transforms import read_image
 from cluda_cli.errors import DataError, EnvironmentProblem, SettingsError
 from cluda_cli.files import locked
+from cluda_cli.inference import metrics
 from cluda_cli.inference.sliding import image_logits
 from cluda_cli.inference.weights_file import NetworkDescription, save_weights
 from cluda_cli.models.segmenter import Segmenter
@@ -187,6 +189,34 @@ def test_changed_files_are_noticed_when_a_run_begins(
             made.check_files()
         assert str(path) in caught.value.what
         path.write_bytes(content)
+
+
+def test_memory_is_bounded_in_every_pass(
+    checkpoint: Path, data: Index, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Pictures are counted in parts, with the same result, and all threads say how many pixels they hold."""
+    whole = pseudo_label(checkpoint, per_class=True, device="cpu")
+    counted: list[int] = []
+    held: list[list[int]] = []
+
+    def count_values(values: torch.Tensor, bins: int) -> torch.Tensor:
+        counted.append(values.numel())
+        return metrics.count_values(values, bins)
+
+    def prefetch(function: Any, items: Any, count_pixels: Any = lambda _: 0) -> Any:
+        held.append(pixels := [])
+        for item in items:
+            pixels.append(count_pixels(item))
+            yield function(item)
+
+    monkeypatch.setattr(verb, "PIXELS_AT_ONCE", 100)
+    monkeypatch.setattr(verb, "count_values", count_values)
+    monkeypatch.setattr(verb, "prefetch", prefetch)
+    parts = pseudo_label(checkpoint, per_class=True, device="cpu", out=tmp_path / "parts")
+    assert max(counted) <= 100 and sum(counted) == sum(height * width for height, width in SIZES)
+    assert held == [[height * width for height, width in SIZES]] * 3  # read, write, apply the thresholds
+    assert Index.load(parts).fingerprint == Index.load(whole).fingerprint
+    assert all(map(np.array_equal, labels(parts), labels(whole)))
 
 
 def test_median_of_levels() -> None:

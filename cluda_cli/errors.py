@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 
 
 class CludaError(Exception):
@@ -26,10 +27,6 @@ def first_line(error: BaseException) -> str:
     """First line of the text of another library's exception, or its class if there is no text."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
-
-
-OUT_OF_MEMORY = "close other programs, store the image smaller, or on a GPU take --device cpu"
-"""What to do when memory runs out in evaluation or prediction."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -65,6 +62,12 @@ class EnvironmentProblem(CludaError):  # noqa: N818  "EnvironmentError" is a Pyt
     """The machine lacks something: a device, a package, network access to weights."""
 
     exit_code = 4
+
+
+def out_of_memory(size: tuple[int, int], path: Path) -> EnvironmentProblem:
+    """The problem that memory ran out on an image of that height and width, in evaluation or prediction."""
+    remedy = "close other programs, store the image smaller, or on a GPU take --device cpu"
+    return EnvironmentProblem(f"memory ran out on {size[0]} x {size[1]} pixels", path, remedy)
 
 
 class Interrupted(CludaError):  # noqa: N818  stopping a run on request is no error

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cluda_cli import __version__, presets
-from cluda_cli.cli import app
+from cluda_cli.cli import _find_resumable, app
 
 run = CliRunner().invoke
 
@@ -231,3 +231,12 @@ def test_the_whole_path_from_training_to_pictures(tiny_settings, tmp_path, monke
     assert labelled.exit_code == 0, labelled.stderr
     again = run(app, ["train", "--preset", "tiny.json", "--source", "pseudo", "--run", "runs/again", "--steps", "1"])
     assert again.exit_code == 0, again.stderr
+
+
+def test_resume_never_takes_the_run_of_another_seed_or_dataset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "settings.json").touch()
+    assert _find_resumable(["demo"], {"training": {"steps": 9}}, []) == Path("runs/demo")
+    assert _find_resumable(["demo"], {"training": {"seed": 7}}, []) == Path("runs/demo-seed=7")
+    assert _find_resumable(["demo"], {}, ["data.source=gta"]) == Path("runs/demo-source=gta")

@@ -215,7 +215,8 @@ def _lines(r: Report) -> dict[str, str]:
         lines["data"] += f"; as from step {r.first_step}, with all that begins later"
     if r.loading:
         least, rate = r.loading.seconds_per_step(), r.loading.batches_per_second
-        verdict = f"no step is shorter than {least:.3f} s, raise data.workers" if least > seconds else "they keep up"
+        remedy = "raise data.workers" if r.loading.processes == r.loading.wanted else "more cores are needed"
+        verdict = f"no step is shorter than {least:.3f} s, {remedy}" if least > seconds else "they keep up"
         where = f"{r.loading.processes} processes: {verdict}" if r.loading.processes else "in the step (data.workers=0)"
         lines["loading"] = f"{rate:.2f} batches/s per process, {where}"
     size = " x ".join(map(str, validation.size))

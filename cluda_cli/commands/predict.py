@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,11 +18,11 @@ from cluda_cli.data.image_files import read_header
 from cluda_cli.data.index import IMAGE_SUFFIXES
 from cluda_cli.data.labels import ClassTable
 from cluda_cli.data.transforms import read_image
-from cluda_cli.errors import OUT_OF_MEMORY, DataError, SettingsError, is_out_of_memory
+from cluda_cli.errors import CludaError, DataError, SettingsError, is_out_of_memory, out_of_memory
 from cluda_cli.files import locked, make_unique
 from cluda_cli.inference.device import pick_device
 from cluda_cli.inference.prefetch import HostCopy, prefetch, write_png
-from cluda_cli.inference.sliding import ResizedImage, fit_image, segment
+from cluda_cli.inference.sliding import ResizedImage, fit_image, quantise, segment
 from cluda_cli.inference.weights_file import TrainedNetwork, load_weights
 
 OUTPUTS = ("train-id", "label-id", "color", "overlay", "confidence")
@@ -83,7 +82,7 @@ def predict(
         console.Progress("predicting", len(requests)) as progress,
     ):
 
-        def skip(request: _Request, problem: DataError) -> None:
+        def skip(request: _Request, problem: CludaError) -> None:
             console.warn(str(problem))
             failed.append({"input": str(request.image), "error": problem.what})
             progress.advance()
@@ -214,13 +213,13 @@ def _predict_all(
     trained: TrainedNetwork,
     requests: Sequence[_Request],
     outputs: Sequence[str],
-    skip: Callable[[_Request, DataError], None],
+    skip: Callable[[_Request, CludaError], None],
 ) -> Iterator[_Prediction]:
     """Yield the prediction of each image, while threads read the next ones. `skip` gets those that cannot be read."""
     settings = trained.settings
     device = next(trained.network.parameters()).device
 
-    def read(request: _Request) -> tuple[ResizedImage, Tensor | None] | DataError:
+    def read(request: _Request) -> tuple[ResizedImage, Tensor | None] | CludaError:
         try:
             pixels = read_image(request.image)
             return fit_image(pixels, settings.data.target_box, device), pixels if "overlay" in outputs else None
@@ -229,29 +228,24 @@ def _predict_all(
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            return _out_of_memory(request)
+            return out_of_memory(_read_size(request.image), request.image)
 
     def read_all() -> Iterator[tuple[ResizedImage, tuple[_Request, Tensor | None]]]:
         images = prefetch(read, requests, lambda request: math.prod(_read_size(request.image)))
         for request, result in zip(requests, images, strict=True):
-            if isinstance(result, DataError):
+            if isinstance(result, CludaError):
                 skip(request, result)
             else:
                 yield result[0], (request, result[1])
 
     def give_up(key: tuple[_Request, Tensor | None]) -> None:
-        skip(key[0], _out_of_memory(key[0]))
+        skip(key[0], out_of_memory(_read_size(key[0].image), key[0].image))
 
     wanted = "confidence" in outputs
     results = segment(trained.network, read_all(), settings.inference, confidence=wanted, skip=give_up)
     for (request, pixels), label, confidence in results:
-        level = None if confidence is None else HostCopy(_quantise(confidence))
+        level = None if confidence is None else HostCopy(quantise(confidence))
         yield _Prediction(request, pixels, HostCopy(label), level)
-
-
-def _out_of_memory(request: _Request) -> DataError:
-    height, width = _read_size(request.image)
-    return DataError(f"memory ran out on {height} x {width} pixels", request.image, OUT_OF_MEMORY)
 
 
 def _read_size(path: Path) -> tuple[int, int]:
@@ -262,25 +256,19 @@ def _read_size(path: Path) -> tuple[int, int]:
         return 0, 0
 
 
-def _quantise(confidence: Tensor) -> Tensor:
-    """Map 0..1 to 0..255, some rows at a time to bound memory.  # float32 H W -> uint8 H W"""
-    rows = max(PIXELS_AT_ONCE // confidence.shape[1], 1)
-    return torch.cat([part.mul(255).round_().to(torch.uint8) for part in confidence.split(rows)])
-
-
 def _count_pixels(prediction: _Prediction) -> int:
     height, width = prediction.label.shape
     return height * width
 
 
-def _write(classes: ClassTable, prediction: _Prediction) -> tuple[_Request, DataError | None]:
+def _write(classes: ClassTable, prediction: _Prediction) -> tuple[_Request, CludaError | None]:
     """Write the outputs of one image. The problem is that memory ran out."""
     request = prediction.request
     try:
         for output, path in request.files.items():
             write_png(path, _render(output, classes, prediction))
     except MemoryError:
-        return request, _out_of_memory(request)
+        return request, out_of_memory((prediction.label.shape[0], prediction.label.shape[1]), request.image)
     return request, None
 
 

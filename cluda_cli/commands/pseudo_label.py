@@ -21,15 +21,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluda_cli import __version__, console
-from cluda_cli.data.index import Index, Item, find
+from cluda_cli.data.index import Index, Item, find, read_stamp
 from cluda_cli.data.labels import IGNORE
 from cluda_cli.data.transforms import read_image, read_label
-from cluda_cli.errors import SettingsError
+from cluda_cli.errors import SettingsError, is_out_of_memory, out_of_memory
 from cluda_cli.files import is_vacant, locked, make_unique, sha256, write_json
 from cluda_cli.inference.device import pick_device
-from cluda_cli.inference.metrics import count_values
+from cluda_cli.inference.metrics import PIXELS_AT_ONCE, count_values
 from cluda_cli.inference.prefetch import HostCopy, prefetch, write_png
-from cluda_cli.inference.sliding import ResizedImage, fit_image, segment
+from cluda_cli.inference.sliding import ResizedImage, fit_image, quantise, segment
 from cluda_cli.inference.weights_file import TrainedNetwork, load_weights
 from cluda_cli.settings import Data
 
@@ -60,7 +60,8 @@ def pseudo_label(
     most 0.9. The median comes from the 256 levels of the confidence maps, so it is exact to 0.002. Labels of the split
     are not read.
 
-    Raises SettingsError if the folder is taken or the threshold out of range, DataError if a file cannot be used.
+    Raises SettingsError if the folder is taken or the threshold out of range, DataError if a file cannot be used,
+    EnvironmentProblem that names the image if memory runs out.
     """
     if not 0 <= threshold <= 1:
         raise SettingsError(f"{threshold} is not in 0..1", "--threshold", "0 keeps every pixel, 0.968 is usual")
@@ -154,18 +155,30 @@ def _predict_all(
     top, bottom, left, right = index.margins
 
     def read(named: tuple[Item, str]) -> tuple[ResizedImage, tuple[Item, str]]:
-        return fit_image(read_image(index.image_path(named[0])), settings.data.target_box, total.device), named
+        try:
+            return fit_image(read_image(index.image_path(named[0])), settings.data.target_box, total.device), named
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise out_of_memory(named[0].size, index.image_path(named[0])) from None
+
+    def refuse(named: tuple[Item, str]) -> None:
+        raise out_of_memory(named[0].size, index.image_path(named[0]))
 
     images = prefetch(read, zip(items, names, strict=True), lambda named: math.prod(named[0].size))
-    for (item, name), label, confidence in segment(trained.network, images, settings.inference, confidence=True):
+    results = segment(trained.network, images, settings.inference, confidence=True, skip=refuse)
+    for (item, name), label, confidence in results:
         assert confidence is not None
-        level = (confidence * 255).round().to(torch.uint8)
+        level = quantise(confidence)
         height, width = label.shape
         inner = (slice(top, max(height - bottom, 0)), slice(left, max(width - right, 0)))
-        total += count_values(label[inner].int() * 256 + level[inner], total.numel()).view_as(total)
+        rows = max(PIXELS_AT_ONCE // width, 1)  # counting needs wider integers
+        for classes, levels in zip(label[inner].split(rows), level[inner].split(rows), strict=True):
+            total += count_values(classes.int() * 256 + levels, total.numel()).view_as(total)
         kept = torch.full_like(label, IGNORE)
-        kept[inner] = torch.where(confidence >= threshold, label, kept)[inner]
-        labelled = Item(item.image, f"labels/train/{name}.png", (height, width))
+        kept[inner] = torch.where(confidence[inner] >= threshold, label[inner], kept[inner])
+        stamp = (*read_stamp(index.image_path(item)), 0, 0)  # that of the label follows when it is written
+        labelled = Item(item.image, f"labels/train/{name}.png", (height, width), stamp=stamp)
         yield _Prediction(labelled, HostCopy(kept), HostCopy(level))
 
 
@@ -175,11 +188,13 @@ def _write(out: Path, prediction: _Prediction) -> Item:
 
 
 def _write_label(out: Path, item: Item, label: Pixels) -> Item:
-    """Write the label. Returns the item with its pixel counts."""
-    assert item.label is not None
+    """Write the label. Returns the item with its pixel counts and the stamp of the label."""
+    assert item.label is not None and item.stamp is not None
     write_png(out / item.label, label)
-    counts = np.bincount(label.ravel(), minlength=256)[:IGNORE].tolist()
-    return replace(item, pixels={train_id: count for train_id, count in enumerate(counts) if count})
+    parts = np.array_split(label.ravel(), -(-label.size // PIXELS_AT_ONCE))  # `bincount` takes 8 bytes per pixel
+    counts = np.sum([np.bincount(part, minlength=256) for part in parts], axis=0)[:IGNORE].tolist()
+    pixels = {train_id: count for train_id, count in enumerate(counts) if count}
+    return replace(item, pixels=pixels, stamp=(*item.stamp[:2], *read_stamp(out / item.label)))
 
 
 def _confidence_path(out: Path, item: Item) -> Path:
@@ -189,22 +204,22 @@ def _confidence_path(out: Path, item: Item) -> Path:
 
 def _apply_thresholds(out: Path, items: Sequence[Item], thresholds: Sequence[float | None]) -> list[Item]:
     """Read the written labels again and set pixels below the threshold of their class to 255."""
-    keep = np.zeros((256, 256), dtype=np.bool_)  # train id, level of confidence
+    lowest = np.zeros(256, dtype=np.uint8)  # level of confidence that a pixel needs, by train id
     for train_id, threshold in enumerate(thresholds):
-        if threshold is not None:
-            keep[train_id] = threshold <= LEVELS.numpy()
+        if threshold is not None:  # otherwise no pixel has this class
+            lowest[train_id] = np.searchsorted(LEVELS.numpy(), threshold)
     with console.Progress("applying the thresholds", len(items)) as progress:
         result = []
-        for item in prefetch(partial(_rewrite, out, keep), items):
+        for item in prefetch(partial(_rewrite, out, lowest), items, lambda item: math.prod(item.size)):
             result.append(item)
             progress.advance()
     return result
 
 
-def _rewrite(out: Path, keep: NDArray[np.bool_], item: Item) -> Item:
+def _rewrite(out: Path, lowest: Pixels, item: Item) -> Item:
     assert item.label is not None
     label, level = read_label(out / item.label).numpy(), read_label(_confidence_path(out, item)).numpy()
-    label[~keep[label, level]] = IGNORE
+    label[level < lowest.take(label)] = IGNORE
     return _write_label(out, item, label)
 
 

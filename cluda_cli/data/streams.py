@@ -51,7 +51,7 @@ def batches(
     leave nothing of a target image; while iterating, DataError that names an unreadable file.
     """
     steps = Steps(draws(sources, target, data), seed, range(data.batch_size) if positions is None else positions)
-    workers = min(data.workers, usable_cores(), max(stop - start, 0), LOOKAHEAD)
+    workers = min(count_workers(data), max(stop - start, 0))
     loader = DataLoader(
         steps,
         batch_size=None,
@@ -64,6 +64,11 @@ def batches(
         generator=torch.Generator(),  # the loader would draw from the global one
     )
     return _iterate(loader)
+
+
+def count_workers(data: settings.Data) -> int:
+    """Loader processes of a long run: `data.workers`, at most one for each usable core and for each batch ahead."""
+    return min(data.workers, usable_cores(), LOOKAHEAD)
 
 
 def draws(sources: Sequence[Index], target: Index, data: settings.Data) -> dict[str, Draw]:

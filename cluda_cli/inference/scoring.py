@@ -11,7 +11,7 @@ from cluda_cli.data.index import Index, Item
 from cluda_cli.data.labels import IGNORE, ClassTable
 from cluda_cli.data.transforms import read_image, read_label
 from cluda_cli.distributed import collectives
-from cluda_cli.errors import OUT_OF_MEMORY, DataError, EnvironmentProblem, is_out_of_memory
+from cluda_cli.errors import DataError, is_out_of_memory, out_of_memory
 from cluda_cli.inference.metrics import PIXELS_AT_ONCE, Confusion, Scores
 from cluda_cli.inference.prefetch import pin_memory, prefetch, to_device
 from cluda_cli.inference.sliding import ResizedImage, eval_mode, fit_image, segment
@@ -50,10 +50,10 @@ def score(
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise _out_of_memory(index, item) from None
+            raise out_of_memory(item.size, index.image_path(item)) from None
 
     def refuse(key: tuple[Item, Tensor]) -> None:
-        raise _out_of_memory(index, key[0])
+        raise out_of_memory(key[0].size, index.image_path(key[0]))
 
     share = items[collectives.rank() :: collectives.world_size()]
     progress = console.Progress(f"evaluating {index.name} {split}", len(share))
@@ -64,11 +64,6 @@ def score(
             progress.advance()
     joint = _name_rows(collectives.all_reduce_sum(confusion.counts), index.classes, classes)
     return Scores(classes, tuple(seen), index.classes.names, joint, len(items))
-
-
-def _out_of_memory(index: Index, item: Item) -> EnvironmentProblem:
-    height, width = item.size
-    return EnvironmentProblem(f"memory ran out on {height} x {width} pixels", index.image_path(item), OUT_OF_MEMORY)
 
 
 def _name_rows(counts: Tensor, dataset: ClassTable, network: ClassTable) -> Confusion:

@@ -135,6 +135,12 @@ def segment(
                 yield key, *result
 
 
+def quantise(confidence: Tensor) -> Tensor:
+    """Map 0..1 to 0..255, a band of rows at a time to bound memory.  # float32 H W -> uint8 H W"""
+    rows = max(choose_budget(confidence.device).band // confidence.shape[1], 1)
+    return torch.cat([part.mul(255).round_().to(torch.uint8) for part in confidence.split(rows)])
+
+
 def choose_budget(device: torch.device) -> PixelBudget:
     return CPU if device.type == "cpu" else GPU
 

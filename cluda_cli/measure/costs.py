@@ -14,7 +14,7 @@ import torch
 
 from cluda_cli.data.batch import Batch, to_device
 from cluda_cli.data.index import Index
-from cluda_cli.data.streams import Steps, draws
+from cluda_cli.data.streams import Steps, count_workers, draws
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.step import training_step
 from cluda_cli.errors import CludaError
@@ -164,6 +164,8 @@ class Loading:
     processes: int
     batches_per_second: float
     """Of one process."""
+    wanted: int
+    """Processes that data.workers asks for; cores bound them."""
 
     def seconds_per_step(self) -> float:
         """Lower bound of a step's seconds; 0 without loader processes, where loading is a part of the step."""
@@ -182,6 +184,6 @@ def measure_loading(settings: Settings, sources: Sequence[Index], target: Index,
             batch = steps[first + i, None]
             if isinstance(batch, CludaError):
                 raise batch
-        return Loading(data.workers, TIMED_BATCHES / (time.perf_counter() - began))
+        return Loading(count_workers(data), TIMED_BATCHES / (time.perf_counter() - began), data.workers)
     finally:
         torch.set_num_threads(threads)

@@ -141,12 +141,14 @@ def test_a_batch_that_does_not_fit_is_told_with_one_that_does(tiny, monkeypatch)
     assert "--set data.batch_size=3" in result.stderr
 
 
-def test_slow_loading_bounds_the_projection(tiny_settings, tmp_path, monkeypatch):
+@pytest.mark.parametrize("wanted, remedy", [(2, "raise data.workers"), (4, "more cores are needed")])
+def test_slow_loading_bounds_the_projection(tiny_settings, tmp_path, monkeypatch, wanted, remedy):
     monkeypatch.chdir(tmp_path)
     Path("tiny.json").write_text(tiny_settings.model_dump_json())
-    monkeypatch.setattr(verb, "measure_loading", lambda *_: verb.Loading(processes=2, batches_per_second=0.001))
+    loading = verb.Loading(processes=2, batches_per_second=0.001, wanted=wanted)
+    monkeypatch.setattr(verb, "measure_loading", lambda *_: loading)
     result = run("--data")
-    assert "no step is shorter than 500.000 s, raise data.workers" in result.stdout
+    assert f"no step is shorter than 500.000 s, {remedy}" in result.stdout
     assert "6 steps in 50 min 00 s" in result.stdout
 
 

@@ -13,12 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
+from cluda_cli.commands import pseudo_label as verb
 from cluda_cli.commands.pseudo_label import compute_thresholds, pseudo_label
 from cluda_cli.data.index import Index, Item, find
 from cluda_cli.data.labels import CITYSCAPES, IGNORE, ClassTable
 from cluda_cli.data.transforms import read_image
-from cluda_cli.errors import DataError, SettingsError
+from cluda_cli.errors import DataError, EnvironmentProblem, SettingsError
 from cluda_cli.files import locked
+from cluda_cli.inference import metrics
 from cluda_cli.inference.sliding import image_logits
 from cluda_cli.inference.weights_file import NetworkDescription, save_weights
 from cluda_cli.models.segmenter import Segmenter
@@ -171,6 +173,52 @@ def test_per_class_thresholds_are_medians(checkpoint: Path, data: Index) -> None
     assert any(value is not None and value < 0.9 for value in thresholds.values())
 
 
+@pytest.mark.parametrize("per_class", [False, True])
+def test_changed_files_are_noticed_when_a_run_begins(
+    checkpoint: Path, data: Index, capsys: pytest.CaptureFixture[str], per_class: bool
+) -> None:
+    made = Index.load(pseudo_label(checkpoint, per_class=per_class, device="cpu"))
+    capsys.readouterr()
+    made.check_files()
+    assert capsys.readouterr().err == ""
+    first, second, _ = made.split("train")
+    for path in (made.image_path(first), made.label_path(second)):
+        content = path.read_bytes()
+        path.write_bytes(content + b"more")
+        with pytest.raises(DataError, match="1 files changed") as caught:
+            made.check_files()
+        assert str(path) in caught.value.what
+        path.write_bytes(content)
+
+
+def test_memory_is_bounded_in_every_pass(
+    checkpoint: Path, data: Index, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Pictures are counted in parts, with the same result, and all threads say how many pixels they hold."""
+    whole = pseudo_label(checkpoint, per_class=True, device="cpu")
+    counted: list[int] = []
+    held: list[list[int]] = []
+
+    def count_values(values: torch.Tensor, bins: int) -> torch.Tensor:
+        counted.append(values.numel())
+        return metrics.count_values(values, bins)
+
+    def prefetch(function: Any, items: Any, count_pixels: Any = lambda _: 0) -> Any:
+        held.append(pixels := [])
+        for item in items:
+            pixels.append(count_pixels(item))
+            yield function(item)
+
+    monkeypatch.setattr(verb, "PIXELS_AT_ONCE", 100)
+    monkeypatch.setattr(verb, "count_values", count_values)
+    monkeypatch.setattr(verb, "prefetch", prefetch)
+    parts = pseudo_label(checkpoint, per_class=True, device="cpu", out=tmp_path / "parts")
+    assert max(counted) <= 100 and sum(counted) == sum(height * width for height, width in SIZES)
+    assert held == [[height * width for height, width in SIZES]] * 3  # read, write, apply the thresholds
+    assert Index.load(parts).fingerprint == Index.load(whole).fingerprint
+    assert all(map(np.array_equal, labels(parts), labels(whole)))
+
+
 def test_median_of_levels() -> None:
     histogram = torch.zeros(4, 256, dtype=torch.int64)
     histogram[0, [51, 102, 153]] = torch.tensor([5, 1, 5])  # the middle one of 11
@@ -225,6 +273,20 @@ def test_failed_run_leaves_no_dataset(checkpoint: Path, data: Index) -> None:
     folder = checkpoint.parent / "pseudo-labels" / "toy-train"
     assert not (folder / "index.json").exists()
     assert json.loads((folder / "manifest.json").read_text()) == {"kind": "pseudo-labels"}
+
+
+@pytest.mark.parametrize("function", ["read_image", "fit_image", "Segmenter.forward"])
+def test_memory_that_runs_out_names_the_image(
+    checkpoint: Path, data: Index, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    def exhaust(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    where = "cluda_cli.models.segmenter" if "." in function else "cluda_cli.commands.pseudo_label"
+    monkeypatch.setattr(f"{where}.{function}", exhaust)
+    with pytest.raises(EnvironmentProblem, match="memory ran out on 40 x 72 pixels") as caught:
+        pseudo_label(checkpoint, device="cpu")
+    assert caught.value.where == str(data.image_path(data.split("train")[0])) and "--device cpu" in caught.value.remedy
 
 
 @pytest.mark.parametrize("left", [[".cluda-abcd1234.tmp.json"], [".cluda-lock"], ["manifest.json"]], ids=str)

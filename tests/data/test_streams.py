@@ -10,7 +10,7 @@ import torch
 
 from cluda_cli.data.batch import Batch, to_device
 from cluda_cli.data.index import Index, Item
-from cluda_cli.data.streams import LOOKAHEAD, batches
+from cluda_cli.data.streams import LOOKAHEAD, batches, count_workers
 from cluda_cli.errors import DataError, EnvironmentProblem
 from cluda_cli.settings import Data, RareClass
 
@@ -96,7 +96,7 @@ def test_killed_loader_is_an_environment_problem(fork_server, index):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on one core
-def test_the_other_loaders_end_when_one_is_killed(index, monkeypatch):
+def test_the_other_loaders_end_when_one_is_killed(fork_server, index, monkeypatch):
     """Otherwise this process could never exit: they ignore the one SIGTERM with which it waits for them."""
     monkeypatch.setattr("cluda_cli.data.streams.usable_cores", lambda: 2)
     stream = batches([index], index, settings(workers=2), 0, 0, 1000)
@@ -105,7 +105,7 @@ def test_the_other_loaders_end_when_one_is_killed(index, monkeypatch):
     os.kill(first.pid, signal.SIGKILL)
     with pytest.raises(EnvironmentProblem, match="a loader process ended unexpectedly"):
         list(stream)
-    other.join(30)
+    other.join(600)
     assert other.exitcode == -signal.SIGKILL
 
 
@@ -161,6 +161,12 @@ def test_a_law_is_asked_shortly_before_its_step(fork_server, index):
         assert len(batch["source"].label) == 4
         assert max(asked) <= step + LOOKAHEAD
     assert asked == list(range(60))
+
+
+@pytest.mark.parametrize("workers, cores, count", [(0, 4, 0), (3, 4, 3), (8, 4, 4), (64, 64, LOOKAHEAD)])
+def test_loaders_are_bounded_by_cores_and_batches_ahead(monkeypatch, workers, cores, count):
+    monkeypatch.setattr("cluda_cli.data.streams.usable_cores", lambda: cores)
+    assert count_workers(settings(workers=workers)) == count
 
 
 def test_there_are_no_more_loaders_than_usable_cores(fork_server, index, monkeypatch):

@@ -230,6 +230,7 @@ def test_an_error_that_nobody_foresaw_keeps_its_traceback():
         ([1, 3], False, 3),  # rank 0 lost its peer
         ([130, 130], True, 130),
         ([130, -signal.SIGKILL], True, 130),  # killed because it did not answer
+        ([4, 1], True, 4),  # the save failed
         ([0, 0], True, 0),  # asked after the last step
         ([4, -signal.SIGTERM], False, 4),  # the launcher ended a rank that waited for the other
     ],

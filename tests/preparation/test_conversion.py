@@ -161,7 +161,7 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     # The pipe ends when no process holds it any more.
     done = subprocess.run(
-        [sys.executable, "parent.py"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, timeout=120
+        [sys.executable, "parent.py"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, timeout=600
     )
     assert done.returncode == -signal.SIGKILL
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, PlainValidator, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -53,18 +53,8 @@ class TrainedNetwork(NetworkDescription):
     path: Path
 
 
-Byte = Annotated[int, Field(ge=0, le=255)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class _Class(BaseModel):
-    """A row of the class table."""
-
-    name: str
-    color: tuple[Byte, Byte, Byte]
-    label_id: int
-    thing: bool = False
 
 
 class _Preprocessing(BaseModel):
@@ -78,7 +68,7 @@ class _Description(BaseModel):
     """The metadata of a weights file, as it is read."""
 
     settings: dict[str, Any]
-    classes: Annotated[tuple[_Class, ...], Field(min_length=1, max_length=255)]
+    classes: Annotated[ClassTable, PlainValidator(ClassTable.from_json)]
     seen: tuple[str, ...]
     network: str
     step: Annotated[int, Field(ge=0)]
@@ -143,8 +133,7 @@ def load_weights(path: Path, device: torch.device) -> TrainedNetwork:
             raise DataError(f"weights format {content['format']}, expected {FORMAT}", path, "use a newer cluda")
         described = _Description.model_validate(content)
         settings = presets.validate(_keep_for_inference(described.settings))
-        classes = ClassTable.from_json([row.model_dump() for row in described.classes])
-        network = build_segmenter(settings.model, settings.data.crop, len(classes))
+        network = build_segmenter(settings.model, settings.data.crop, len(described.classes))
         network.load_state_dict(tensors)
         network.encoder.normalisation = Normalisation(**described.preprocessing.model_dump())
     except ValidationError as error:
@@ -157,7 +146,7 @@ def load_weights(path: Path, device: torch.device) -> TrainedNetwork:
         raise DataError(f"does not fit this version of cluda ({first_line(error)})", path, "train again") from error
     return TrainedNetwork(
         settings=settings,
-        classes=classes,
+        classes=described.classes,
         seen=described.seen,
         network_name=described.network,
         step=described.step,

@@ -42,6 +42,9 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _PNG = b"\x89PNG\r\n\x1a\n"
+_ORIENTED_TEXT = {b"Raw profile type exif", b"XML:com.adobe.xmp", b"exif", b"xmp"}
+"""Keywords of PNG texts in which Pillow looks for an orientation."""
+_LONGEST_KEYWORD = 80  # bytes, with the zero that ends it
 
 
 class DeepImage(DataError):  # noqa: N818  it names what is wrong, as its parent does
@@ -135,7 +138,7 @@ class PngChunks:
 
 
 def scan_png(path: Path) -> PngChunks:
-    """Step through the chunks of a PNG without reading them."""
+    """Step through the chunks of a PNG without reading more of them than the keywords of texts."""
     late_text = seen_pixels = False
     position = len(_PNG)
     with path.open("rb", buffering=0) as file:
@@ -144,7 +147,9 @@ def scan_png(path: Path) -> PngChunks:
             if kind == b"IEND":
                 return PngChunks(True, late_text)
             seen_pixels |= kind == b"IDAT"
-            late_text |= seen_pixels and kind in {b"eXIf", b"iTXt", b"tEXt", b"zTXt"}
+            if seen_pixels and kind in {b"iTXt", b"tEXt", b"zTXt"}:
+                late_text |= file.read(_LONGEST_KEYWORD).partition(b"\0")[0] in _ORIENTED_TEXT
+            late_text |= seen_pixels and kind == b"eXIf"
             position += length + 12
     return PngChunks(False, late_text)
 

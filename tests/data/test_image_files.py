@@ -54,6 +54,23 @@ def test_an_orientation_behind_the_pixels_of_a_png_is_found_without_decoding_oth
     assert read_pixels(tmp_path / "late.png").shape == (24, 16, 3)
 
 
+@pytest.mark.parametrize(
+    ("kind", "content", "oriented"),
+    [
+        (b"tEXt", b"date:create\x002026-01-01", False),
+        (b"tEXt", b"Raw profile type exif\0", True),
+        (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0", True),
+    ],
+)
+def test_only_texts_that_may_hold_an_orientation_cost_decoding(
+    tmp_path: Path, kind: bytes, content: bytes, oriented: bool
+) -> None:
+    Image.fromarray(SCENE).save(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(whole[:-12] + chunk(kind, content) + whole[-12:])
+    assert scan_png(tmp_path / "a.png").late_text == oriented
+
+
 @pytest.mark.parametrize("function", [read_pixels, load_image])
 def test_want_of_memory_is_not_blamed_on_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: Callable[[Path], object]

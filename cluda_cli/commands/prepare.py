@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cluda_cli import console
+from cluda_cli.data.globs import escape, is_text
 from cluda_cli.data.index import PHOTOGRAPHED, RENDERED, Index, Item, read_stamp, seen_classes
 from cluda_cli.data.stored import ManifestFile, read_stored
 from cluda_cli.errors import DataError, SettingsError
@@ -183,8 +184,8 @@ def _refuse_names(*folders: Path) -> None:
     """Raises DataError for a path that cannot be stored."""
     for folder in folders:
         text = os.path.realpath(folder)
-        if (escaped := text.encode("utf-8", "backslashreplace").decode()) != text:
-            raise DataError("the name of this folder is not UTF-8", escaped, "rename it")
+        if not is_text(text):
+            raise DataError("the name of this folder is not UTF-8", escape(text), "rename it")
 
 
 def _refuse_other(dataset: Dataset, folder: Path) -> None:

@@ -1,7 +1,8 @@
 """Errors for users. Each says what is wrong, where, and what to do. Its class sets the exit code."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -68,6 +69,17 @@ def out_of_memory(size: tuple[int, int], path: Path) -> EnvironmentProblem:
     """The problem that memory ran out on an image of that height and width, in evaluation or prediction."""
     remedy = "close other programs, store the image smaller, or on a GPU take --device cpu"
     return EnvironmentProblem(f"memory ran out on {size[0]} x {size[1]} pixels", path, remedy)
+
+
+@contextmanager
+def name_out_of_memory(size: tuple[int, int], path: Path) -> Iterator[None]:
+    """Raise `out_of_memory` if memory runs out in the block."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(size, path) from None
 
 
 class Interrupted(CludaError):  # noqa: N818  stopping a run on request is no error

@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluda_cli import __version__, console
+from cluda_cli.data.counting import count_pixels
 from cluda_cli.data.index import Index, Item, find, read_stamp
 from cluda_cli.data.labels import IGNORE
 from cluda_cli.data.transforms import read_image, read_label
-from cluda_cli.errors import SettingsError, is_out_of_memory, out_of_memory
+from cluda_cli.errors import SettingsError, name_out_of_memory, out_of_memory
 from cluda_cli.files import is_vacant, locked, make_unique, sha256, write_json
 from cluda_cli.inference.device import pick_device
 from cluda_cli.inference.metrics import PIXELS_AT_ONCE, count_values
@@ -155,12 +156,9 @@ def _predict_all(
     top, bottom, left, right = index.margins
 
     def read(named: tuple[Item, str]) -> tuple[ResizedImage, tuple[Item, str]]:
-        try:
-            return fit_image(read_image(index.image_path(named[0])), settings.data.target_box, total.device), named
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise out_of_memory(named[0].size, index.image_path(named[0])) from None
+        path = index.image_path(named[0])
+        with name_out_of_memory(named[0].size, path):
+            return fit_image(read_image(path), settings.data.target_box, total.device), named
 
     def refuse(named: tuple[Item, str]) -> None:
         raise out_of_memory(named[0].size, index.image_path(named[0]))
@@ -191,10 +189,7 @@ def _write_label(out: Path, item: Item, label: Pixels) -> Item:
     """Write the label. Returns the item with its pixel counts and the stamp of the label."""
     assert item.label is not None and item.stamp is not None
     write_png(out / item.label, label)
-    parts = np.array_split(label.ravel(), -(-label.size // PIXELS_AT_ONCE))  # `bincount` takes 8 bytes per pixel
-    counts = np.sum([np.bincount(part, minlength=256) for part in parts], axis=0)[:IGNORE].tolist()
-    pixels = {train_id: count for train_id, count in enumerate(counts) if count}
-    return replace(item, pixels=pixels, stamp=(*item.stamp[:2], *read_stamp(out / item.label)))
+    return replace(item, pixels=count_pixels(label), stamp=(*item.stamp[:2], *read_stamp(out / item.label)))
 
 
 def _confidence_path(out: Path, item: Item) -> Path:

@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cluda_cli import console, settings
+from cluda_cli.data.counting import count_ids
 from cluda_cli.data.index import Index, Item
 from cluda_cli.data.labels import IGNORE, ClassTable
 from cluda_cli.data.transforms import read_image, read_label
 from cluda_cli.distributed import collectives
-from cluda_cli.errors import DataError, is_out_of_memory, out_of_memory
-from cluda_cli.inference.metrics import PIXELS_AT_ONCE, Confusion, Scores
+from cluda_cli.errors import DataError, name_out_of_memory, out_of_memory
+from cluda_cli.inference.metrics import Confusion, Scores
 from cluda_cli.inference.prefetch import pin_memory, prefetch, to_device
 from cluda_cli.inference.sliding import ResizedImage, eval_mode, fit_image, segment
 from cluda_cli.models.segmenter import Segmenter
@@ -45,12 +45,8 @@ def score(
     confusion = Confusion(len(index.classes), len(classes), device=device)
 
     def read(item: Item) -> tuple[ResizedImage, tuple[Item, Tensor]]:
-        try:
+        with name_out_of_memory(item.size, index.image_path(item)):
             return _read_pair(index, box, device, item)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise out_of_memory(item.size, index.image_path(item)) from None
 
     def refuse(key: tuple[Item, Tensor]) -> None:
         raise out_of_memory(key[0].size, index.image_path(key[0]))
@@ -86,8 +82,7 @@ def _read_pair(
     if image.shape[1:] != label.shape:
         sizes = [" x ".join(map(str, size)) for size in (label.shape, image.shape[1:])]
         raise DataError(f"label is {sizes[0]} pixels, its image {sizes[1]}", path, "run `cluda prepare` again")
-    rows = np.array_split(label.numpy(), -(-label.numel() // PIXELS_AT_ONCE))  # `bincount` takes 8 bytes per pixel
-    ids = np.sum([np.bincount(part.ravel(), minlength=256) for part in rows], axis=0).nonzero()[0]
+    ids = count_ids(label.numpy()).nonzero()[0]
     unknown = [str(i) for i in ids if len(index.classes) <= i != IGNORE]
     if unknown:
         what = f"label holds {', '.join(unknown)}; train ids are 0..{len(index.classes) - 1} and {IGNORE}"

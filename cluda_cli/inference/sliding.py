@@ -71,10 +71,9 @@ def image_logits(network: Segmenter, image: Tensor, box: Size | None, evaluation
     """Logits of one image at its original size.  # uint8 3 H W -> float32 K H W
 
     The image is resized to fit `box` and normalised. The network sees it whole (in parts, if it is large) or in sliding
-    windows. Logits are
-    resized bilinearly (half-pixel centres) to the network's input, then to the original size, as in the released
-    evaluation of DAFormer and HRDA. The network runs in eval mode, and its modes are restored. The result is on the
-    network's device.
+    windows. Logits are resized bilinearly (half-pixel centres) to the network's input, then to the original size, as in
+    the released evaluation of DAFormer and HRDA. The network runs in eval mode, and its modes are restored. The result
+    is on the network's device.
     """
     resized = fit_image(image, box, _device(network))
     with eval_mode(network):

@@ -22,6 +22,7 @@ from PIL import Image
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from cluda_cli.console import Progress
+from cluda_cli.data.counting import count_pixels
 from cluda_cli.data.image_files import Header
 from cluda_cli.data.index import read_stamp
 from cluda_cli.data.stored import Count, TrainId
@@ -29,7 +30,7 @@ from cluda_cli.distributed.children import end_with_parent
 from cluda_cli.distributed.place import usable_cores
 from cluda_cli.errors import DataError, EnvironmentProblem
 from cluda_cli.files import atomic, naming, write_text
-from cluda_cli.preparation.label_files import Label, LabelReader, check_image, count_pixels
+from cluda_cli.preparation.label_files import Label, LabelReader, check_image
 from cluda_cli.preparation.pairing import Pair, find_pairs
 from cluda_cli.preparation.problems import BadFile, Kind, Problem
 from cluda_cli.preparation.published import Dataset

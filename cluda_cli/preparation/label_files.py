@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from cluda_cli.data.image_files import DeepImage, Header, has_end, load_image, read_header, refuse_deep
-from cluda_cli.data.labels import IGNORE, Color
+from cluda_cli.data.labels import Color
 from cluda_cli.errors import DataError
 from cluda_cli.preparation.problems import BadFile, Kind, describe_ids
 
@@ -127,12 +127,6 @@ def map_ids(raw: np.ndarray, table: tuple[int, ...], known: tuple[int, ...]) -> 
         _refuse_ids({str(label_id): int(counts[label_id]) for label_id in unknown})
     train_ids: np.ndarray = np.asarray(table, dtype=np.uint8)[raw]
     return train_ids
-
-
-def count_pixels(train_ids: np.ndarray) -> dict[int, int]:
-    """Train id -> number of pixels, without ignored pixels and absent classes."""
-    counts = np.bincount(train_ids.ravel(), minlength=256)
-    return {int(i): int(counts[i]) for i in np.flatnonzero(counts) if i != IGNORE}
 
 
 def check_image(path: Path, decode: bool) -> Header:

@@ -18,7 +18,6 @@ from cluda_cli.preparation.label_files import (
     IdLabels,
     LabelReader,
     check_image,
-    count_pixels,
 )
 from cluda_cli.preparation.problems import BadFile, Kind
 from cluda_cli.preparation.published import CITYSCAPES_LABELS, SYNTHIA_LABELS
@@ -216,10 +215,6 @@ def test_the_nearest_color_is_taken_within_the_tolerance_only(tmp_path: Path) ->
     Image.fromarray(colors).save(tmp_path / "a.png")
     for tolerance in (10, 100):  # too far, and as far from red as from blue
         assert refusal(ColorLabels((RED, BLUE), tolerance), tmp_path / "a.png").ids == {"#640064": 1}
-
-
-def test_counting_leaves_ignored_pixels_out() -> None:
-    assert count_pixels(np.array([[0, 0, 5], [255, 255, 18]], dtype=np.uint8)) == {0: 2, 5: 1, 18: 1}
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])

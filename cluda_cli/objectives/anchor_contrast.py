@@ -82,8 +82,8 @@ def anchor_places(label: Tensor, right: Tensor, drawn: Tensor, count: int) -> Te
     Of n pixels in each image, `label` B n are train ids with 255 = no anchor, `right` B n says whether the student
     predicts them, and `drawn` B n are random integers from 0 to `DRAWN`. Misclassified and other pixels of a class take
     turns, each kind in random order and until it is used up. So half of the anchors are misclassified where both kinds
-    suffice (Wang et al.). In ascending order of places, every class of every image has its
-    first anchor before any has its second, so whoever takes the first of them takes as many of all.
+    suffice (Wang et al.). In ascending order of places, every class of every image has its first anchor before any has
+    its second, so whoever takes the first of them takes as many of all.
     """
     image = torch.arange(len(label), device=label.device)[:, None]
     group = (IGNORE + 1) * image + label  # B n, one for each class of each image

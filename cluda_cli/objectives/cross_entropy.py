@@ -63,9 +63,13 @@ def weighted_cross_entropy(logits: Tensor, label: Tensor, weight: Tensor) -> Ten
 
     Logits B K h w are first resized to the labels B H W (train ids, 255 = ignored); weights are B H W. A scalar.
     """
+    return (measure_pixels(logits, label) * weight).mean()
+
+
+def measure_pixels(logits: Tensor, label: Tensor) -> Tensor:
+    """Cross-entropy of each pixel, 0 where it is ignored; the logits are resized to the labels.  # B H W"""
     logits = F.interpolate(logits, label.shape[-2:], mode="bilinear", align_corners=False)  # B K H W
-    loss = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")  # B H W
-    return (loss * weight).mean()
+    return F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")
 
 
 def hard_cross_entropy(logits: Tensor, label: Tensor, weight: Tensor, hard: settings.HardPixels) -> Tensor:
@@ -75,8 +79,7 @@ def hard_cross_entropy(logits: Tensor, label: Tensor, weight: Tensor, hard: sett
     with the least number of pixels counted in every image). Pixels without weight take no part. The pixels are those of
     all ranks, and the mean of the ranks' values is the term. A scalar, exactly 0 without labelled pixels.
     """
-    logits = F.interpolate(logits, label.shape[-2:], mode="bilinear", align_corners=False)  # B K H W
-    loss = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")  # B H W
+    loss = measure_pixels(logits, label)  # B H W
     kept = hard_pixels(loss.detach(), (label != IGNORE) & (weight > 0), hard.threshold, hard.min_share)
     return collectives.world_size() * (loss * weight * kept).sum() / collectives.all_reduce_sum(kept.sum()).clamp_min(1)
 

@@ -188,8 +188,9 @@ def test_the_worked_example_of_an_objective_is_sound(tmp_path):
     shutil.copy(REPOSITORY / "tests" / "objectives" / "test_contract.py", tmp_path)
     header = "class Objectives(Section):\n"
     own_class, _, field = section.partition(header + "    ...\n")
-    insert(package / "settings.py", header, before=own_class)
-    insert(package / "settings.py", "class Optimizer(Section):\n", before=field + "\n\n")
+    page = package / "settings" / "objectives.py"
+    insert(page, header, before=own_class)
+    page.write_text(page.read_text(encoding="utf-8") + field, encoding="utf-8")
     (package / "objectives" / "entropy.py").write_text(file, encoding="utf-8")
     imported, _, condition = choice.partition("\n\n")
     chooser = package / "objectives" / "__init__.py"

@@ -5,49 +5,13 @@ Defaults are the values of the papers (CLUDA on DAFormer, GTA5 -> Cityscapes), s
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-T = TypeVar("T")
-
-
-def _switch(value: Any) -> Any:
-    """`false` switches an optional table off; `true`, like an empty table, switches it on with its defaults."""
-    return ({} if value else None) if isinstance(value, bool) else value
-
-
-def _value(value: Any) -> Any:
-    """`false` leaves a value unset; `true` is none, though pydantic would take it for 1."""
-    if value is True:
-        raise ValueError("takes a value, or false to leave it unset")
-    return None if value is False else value
-
-
-Optional = Annotated[T | None, BeforeValidator(_switch)]
-Unset = Annotated[T | None, BeforeValidator(_value)]
-
-
-def _one_or_more(value: Any) -> Any:
-    """A single name is a list of one."""
-    return (value,) if isinstance(value, str) else value
-
-
-def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
-    if len(set(names)) < len(names):
-        raise ValueError("names a dataset twice")
-    return names
-
-
-Names = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_one_or_more), AfterValidator(_distinct)]
-Size = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
-Margins = tuple[
-    Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]
-]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+from cluda_cli.settings.networks import *
+from cluda_cli.settings.objectives import *
+from cluda_cli.settings.section import Margins, Names, Optional, Section, Size, Unset
 
 
 class RareClass(Section):
@@ -108,79 +72,6 @@ class Data(Section):
     """Top, bottom, left, right bands of the original target frame without pseudo-labels; unset: the dataset's own."""
 
 
-class Decoder(Section):
-    """The DAFormer decoder (DAFormer, section 3.2)."""
-
-    embed_dim: int = Field(256, ge=1)
-    """Channels to which every encoder map is brought before fusion."""
-    embed_norm: bool = False
-    """Batch norm and ReLU after each embedding, as mmsegmentation's SegFormer head has them."""
-    channels: int = Field(256, ge=1)
-    """Channels of the fused feature, which the classifier and the contrast read."""
-    dilations: tuple[Annotated[int, Field(ge=1)], ...] = (1, 6, 12, 18)
-    """Dilation of each branch of the fusion layer; none: a single 1x1 convolution fuses."""
-    dropout: float = Field(0.1, ge=0, lt=1)
-    """Share of fused channels dropped before the classifier while training."""
-
-
-class DeepLabV2(Section):
-    """The DeepLabV2 head: dilated convolutions of the last encoder map, summed (DeepLab, arXiv 1606.00915)."""
-
-    dilations: tuple[Annotated[int, Field(ge=1)], ...] = Field((6, 12), min_length=1)
-    """Dilation of each branch; the paper has 6, 12, 18 and 24, published adaptation results use the first two."""
-
-
-class Pyramid(Section):
-    """A light top-down decoder for small networks and short runs (feature pyramid, arXiv 1612.03144)."""
-
-    channels: int = Field(64, ge=1)
-    """Channels of every level and of the fused feature, which the classifier and the contrast read."""
-    dropout: float = Field(0.1, ge=0, lt=1)
-    """Share of fused channels dropped before the classifier while training."""
-
-
-class MultiResolution(Section):
-    """Context and detail: the whole crop at low and a part of it at full resolution (HRDA, arXiv 2204.13132)."""
-
-    context_downscale: int = Field(2, ge=2)
-    """The context is the whole image, this many times smaller."""
-    detail_crop: Unset[Size] = None
-    """Crop seen at full resolution, height x width; unset: half the training crop, in whole cells of the context."""
-    attention_dim: int = Field(256, ge=1)
-    """Channels of the head that predicts, for each class, where detail is to be trusted."""
-    blend_late: bool = False
-    """Upsample context logits and attention first and blend then, as the released CLUDA code; HRDA blends first."""
-
-
-class Model(Section):
-    """The network."""
-
-    encoder: str = "mit_b5"
-    """mit_b0 ... mit_b5, or a timm model: with feature maps at strides 4, 8, 16 and 32, or a plain ViT."""
-    weights: str | Literal[False] = "imagenet"
-    """Encoder weights: "imagenet" (published ones, fetched once; those of tf_efficientnet_lite0 are installed), a file,
-    "hf-hub:owner/name@revision", or false."""
-    drop_path: float = Field(0.1, ge=0, lt=1)
-    """Largest stochastic-depth rate of the encoder, where it has any."""
-    freeze_batch_norm: bool = False
-    """Keep the statistics and the affine parameters of the encoder's batch norms as loaded."""
-    output_stride: Literal[8, 16, 32] = 32
-    """Stride of the last map; below 32, dilation takes the place of stride, in encoders that can do so (ResNets)."""
-    checkpoint_activations: bool = False
-    """Compute the encoder's blocks again in the backward pass rather than store them: less memory, more time."""
-    decoder: Decoder = Decoder()
-    deeplab: Optional[DeepLabV2] = None
-    """A DeepLabV2 head in place of the decoder; false keeps the decoder."""
-    pyramid: Optional[Pyramid] = None
-    """A light top-down decoder in place of the decoder, if there is no `deeplab`; false keeps the decoder."""
-    multires: Optional[MultiResolution] = None
-    """Context and detail resolution; false sees the crop at one resolution."""
-    start: Unset[str] = None
-    """Weights of a run from which student and teacher start, matched by class name; unset: the encoder's weights."""
-    freeze: tuple[Literal["encoder", "decoder", "head"], ...] = ()
-    """Parts that do not learn: the encoder, what the decoder fuses, the classifiers that read it."""
-
-
 class Teacher(Section):
     """The moving-average teacher and its pseudo-labels (DACS)."""
 
@@ -222,94 +113,6 @@ class Masking(Section):
     def block_pixels(self, crop: tuple[int, int]) -> int:
         """Side of the blocks: the papers' 32 for a crop of 512 x 512 and 64 for 1024 x 1024."""
         return self.block if self.block is not None else max(1, round(crop[0] / 16))
-
-
-class Objective(Section):
-    """What every objective has."""
-
-    weight: float = Field(1.0, ge=0)
-    """Factor of the term in the total loss."""
-    start: int = Field(0, ge=0)
-    """First step at which the term is active."""
-
-
-class CrossEntropy(Objective):
-    """Cross-entropy, on the whole crop and on its detail."""
-
-    detail_weight: float = Field(0.1, ge=0, le=1)
-    """Share of the detail crop's own cross-entropy in the term; networks of one resolution have no detail."""
-
-
-class HardPixels(Section):
-    """Learn from the hard pixels alone: online bootstrapping (Wu et al., arXiv 1605.06885)."""
-
-    threshold: float = Field(0.7, gt=0, le=1)
-    """A pixel is hard while the student gives its label a probability below this."""
-    min_share: float = Field(1 / 16, gt=0, le=1)
-    """At least this share of the labelled pixels of every image is kept, the hardest ones."""
-
-
-class SourceCrossEntropy(CrossEntropy):
-    """Cross-entropy on source images, on the whole crop and on its detail."""
-
-    hard_pixels: Optional[HardPixels] = None
-    """Mean over hard pixels in place of the mean over all pixels; false takes all."""
-
-
-class FeatureDistance(Objective):
-    """Distance of thing-class features to the frozen pretrained encoder (DAFormer, section 3.3)."""
-
-    weight: float = Field(0.005, ge=0)
-    """Factor of the term in the total loss."""
-    classes: Unset[tuple[str, ...]] = None
-    """Names of the classes it acts on; unset: the countable classes of the source."""
-    min_share: float = Field(0.75, gt=0, le=1)
-    """A feature cell counts if one such class covers at least this share of its pixels."""
-
-
-class PixelContrast(Objective):
-    """Pixel-to-pixel contrast of fused features within and across domains (CLUDA)."""
-
-    temperature: float = Field(1.0, ge=0.02)
-    """Divisor of the cosine similarity."""
-    size: int = Field(65, ge=2)
-    """Side of the grid to which features are resized; a smaller feature map keeps its own size."""
-    weighter_dim: int = Field(256, ge=1)
-    """Channels of the head that learns, for networks with context and detail, how much detail counts in a pair."""
-
-
-class AnchorContrast(Objective):
-    """Contrast of a few pixels of every class and image, the anchors, behind a projection head (arXiv 2101.11939)."""
-
-    weight: float = Field(0.1, ge=0)
-    """Factor of the term in the total loss."""
-    temperature: float = Field(0.1, ge=0.02)
-    """Divisor of the cosine similarity."""
-    projection_dim: int = Field(256, ge=1)
-    """Channels of the projection head, hidden and final."""
-    anchors: int = Field(50, ge=2)
-    """Anchors of one class in one image, at most; half of them misclassified, where there are so many."""
-    max_anchors: int = Field(2048, ge=2)
-    """Anchors of a batch, source and mixed images together, at most; all classes of all images lose alike."""
-    min_probability: float = Field(0.968, ge=0, le=1)
-    """A pixel with a pseudo-label can be an anchor if the teacher gives the label at least this probability."""
-
-
-class Objectives(Section):
-    """The terms of the loss."""
-
-    source: Optional[SourceCrossEntropy] = SourceCrossEntropy()
-    """Cross-entropy on labelled source images; false switches it off."""
-    mixed: Optional[CrossEntropy] = CrossEntropy()
-    """Cross-entropy on class-mixed images with pseudo-labels; false switches it off."""
-    masked: Optional[CrossEntropy] = None
-    """Cross-entropy on masked images with pseudo-labels: masked consistency; false switches it off."""
-    feature_distance: Optional[FeatureDistance] = FeatureDistance()
-    """Distance to the pretrained encoder on source images; false switches it off."""
-    pixel_contrast: Optional[PixelContrast] = PixelContrast()
-    """Contrast on source images and, if `mixed` is on, on mixed images; false switches it off."""
-    anchor_contrast: Optional[AnchorContrast] = None
-    """Contrast of anchors in source images and, if `mixed` is on, in mixed images; false switches it off."""
 
 
 class Optimizer(Section):
@@ -427,50 +230,3 @@ class Settings(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
-
-
-def reference_markdown() -> str:
-    """The contents of docs/reference/settings.md: every setting with its type, default and documentation."""
-    lines = ["# Settings", "", "Generated from `cluda_cli/settings.py`; a test keeps the two equal.", ""]
-    lines += ["Set one with `--set section.key=value`, or in a TOML preset given with `--preset FILE`.", ""]
-    for name, field in Settings.model_fields.items():
-        lines += _section_markdown(name, field.default)
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _section_markdown(path: str, section: Section) -> list[str]:
-    """Heading, table of plain values, then the subsections of one section."""
-    lines = [f"## {path}", "", (type(section).__doc__ or "").strip(), "", "| setting | default | meaning |"]
-    lines += ["|---|---|---|"]
-    nested = []
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        tables = [t for t in get_args(field.annotation) if isinstance(t, type) and issubclass(t, Section)]
-        if isinstance(value, Section):
-            nested += _section_markdown(f"{path}.{name}", value)
-            if not field.description:
-                continue
-            shown = "on"
-        elif value is None and tables:
-            nested += _section_markdown(f"{path}.{name}", tables[0]())
-            shown = "off"
-        else:
-            shown = _toml(value)
-        description = " ".join((field.description or "").split())
-        lines.append(f"| `{path}.{name}` | `{shown}` | {description} |")
-    return lines + [""] + nested
-
-
-def _toml(value: object) -> str:
-    """A default as a user would write it; None is an unset value."""
-    if value is None:
-        return "unset"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_toml(v) for v in value) + "]"
-    return f'"{value}"' if isinstance(value, str | Path) else str(value)
-
-
-if __name__ == "__main__":
-    print(reference_markdown(), end="")

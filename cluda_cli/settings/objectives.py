@@ -1,0 +1,93 @@
+"""The terms of the loss, one table for each objective."""
+
+from pydantic import Field
+
+from cluda_cli.settings.section import Optional, Section, Unset
+
+
+class Objective(Section):
+    """What every objective has."""
+
+    weight: float = Field(1.0, ge=0)
+    """Factor of the term in the total loss."""
+    start: int = Field(0, ge=0)
+    """First step at which the term is active."""
+
+
+class CrossEntropy(Objective):
+    """Cross-entropy, on the whole crop and on its detail."""
+
+    detail_weight: float = Field(0.1, ge=0, le=1)
+    """Share of the detail crop's own cross-entropy in the term; networks of one resolution have no detail."""
+
+
+class HardPixels(Section):
+    """Learn from the hard pixels alone: online bootstrapping (Wu et al., arXiv 1605.06885)."""
+
+    threshold: float = Field(0.7, gt=0, le=1)
+    """A pixel is hard while the student gives its label a probability below this."""
+    min_share: float = Field(1 / 16, gt=0, le=1)
+    """At least this share of the labelled pixels of every image is kept, the hardest ones."""
+
+
+class SourceCrossEntropy(CrossEntropy):
+    """Cross-entropy on source images, on the whole crop and on its detail."""
+
+    hard_pixels: Optional[HardPixels] = None
+    """Mean over hard pixels in place of the mean over all pixels; false takes all."""
+
+
+class FeatureDistance(Objective):
+    """Distance of thing-class features to the frozen pretrained encoder (DAFormer, section 3.3)."""
+
+    weight: float = Field(0.005, ge=0)
+    """Factor of the term in the total loss."""
+    classes: Unset[tuple[str, ...]] = None
+    """Names of the classes it acts on; unset: the countable classes of the source."""
+    min_share: float = Field(0.75, gt=0, le=1)
+    """A feature cell counts if one such class covers at least this share of its pixels."""
+
+
+class PixelContrast(Objective):
+    """Pixel-to-pixel contrast of fused features within and across domains (CLUDA)."""
+
+    temperature: float = Field(1.0, ge=0.02)
+    """Divisor of the cosine similarity."""
+    size: int = Field(65, ge=2)
+    """Side of the grid to which features are resized; a smaller feature map keeps its own size."""
+    weighter_dim: int = Field(256, ge=1)
+    """Channels of the head that learns, for networks with context and detail, how much detail counts in a pair."""
+
+
+class AnchorContrast(Objective):
+    """Contrast of a few pixels of every class and image, the anchors, behind a projection head (arXiv 2101.11939)."""
+
+    weight: float = Field(0.1, ge=0)
+    """Factor of the term in the total loss."""
+    temperature: float = Field(0.1, ge=0.02)
+    """Divisor of the cosine similarity."""
+    projection_dim: int = Field(256, ge=1)
+    """Channels of the projection head, hidden and final."""
+    anchors: int = Field(50, ge=2)
+    """Anchors of one class in one image, at most; half of them misclassified, where there are so many."""
+    max_anchors: int = Field(2048, ge=2)
+    """Anchors of a batch, source and mixed images together, at most; all classes of all images lose alike."""
+    min_probability: float = Field(0.968, ge=0, le=1)
+    """A pixel with a pseudo-label can be an anchor if the teacher gives the label at least this probability."""
+
+
+class Objectives(Section):
+    """The terms of the loss."""
+
+    source: Optional[SourceCrossEntropy] = SourceCrossEntropy()
+    """Cross-entropy on labelled source images; false switches it off."""
+    mixed: Optional[CrossEntropy] = CrossEntropy()
+    """Cross-entropy on class-mixed images with pseudo-labels; false switches it off."""
+    masked: Optional[CrossEntropy] = None
+    """Cross-entropy on masked images with pseudo-labels: masked consistency; false switches it off."""
+    feature_distance: Optional[FeatureDistance] = FeatureDistance()
+    """Distance to the pretrained encoder on source images; false switches it off."""
+    pixel_contrast: Optional[PixelContrast] = PixelContrast()
+    """Contrast on source images and, if `mixed` is on, on mixed images; false switches it off."""
+    anchor_contrast: Optional[AnchorContrast] = None
+    """Contrast of anchors in source images and, if `mixed` is on, in mixed images; false switches it off."""

@@ -1,0 +1,45 @@
+"""What every table of settings is made of."""
+
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+T = TypeVar("T")
+
+
+def _switch(value: Any) -> Any:
+    """`false` switches an optional table off; `true`, like an empty table, switches it on with its defaults."""
+    return ({} if value else None) if isinstance(value, bool) else value
+
+
+def _value(value: Any) -> Any:
+    """`false` leaves a value unset; `true` is none, though pydantic would take it for 1."""
+    if value is True:
+        raise ValueError("takes a value, or false to leave it unset")
+    return None if value is False else value
+
+
+Optional = Annotated[T | None, BeforeValidator(_switch)]
+Unset = Annotated[T | None, BeforeValidator(_value)]
+
+
+def _one_or_more(value: Any) -> Any:
+    """A single name is a list of one."""
+    return (value,) if isinstance(value, str) else value
+
+
+def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError("names a dataset twice")
+    return names
+
+
+Names = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_one_or_more), AfterValidator(_distinct)]
+Size = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+Margins = tuple[
+    Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]
+]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)

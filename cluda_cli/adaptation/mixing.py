@@ -31,6 +31,37 @@ def choose_classes(label: Tensor, generators: Sequence[torch.Generator]) -> Tens
     return rank < (present.sum() + 1) // 2
 
 
+def tail_law(statistic: Tensor, tail: Tensor, temperature: float) -> Tensor:
+    """Probability of drawing each class: softmax((1 - statistic) / temperature) over the classes of `tail` alone.
+
+    The statistic (K, 0..1) is the frequency of a class or the confidence in it; `tail` (K, bool) has one at least.
+    """
+    return ((1 - statistic) / temperature).masked_fill(~tail, -torch.inf).softmax(0)
+
+
+def draw_classes(law: Tensor, uniform: Tensor) -> Tensor:
+    """Classes by the inverse of the cumulative law: law B K, of any sum, and uniform numbers B n, 0..1 -> B n, int64.
+
+    K stands for no class, where a law is 0.
+    """
+    cumulative = law.cumsum(dim=1)
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+
+
+def choose_by_law(label: Tensor, law: Tensor, count: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """For every image the classes of `count` draws by the law (K) among those that it shows; -> B 256, bool.
+
+    Labels are B H W, ids 0..255, and there is one generator for each image. Classes may be drawn twice, so `count` is
+    the most; an image that shows none of the law's classes gets none.
+    """
+    shown = torch.zeros(len(label), NUM_IDS, dtype=torch.bool, device=label.device)
+    shown.scatter_(1, label.flatten(1).long(), True)
+    uniform = torch.stack([torch.rand(count, generator=generator) for generator in generators])  # B n
+    drawn = draw_classes(law * shown[:, : len(law)], uniform.to(label.device, non_blocking=True))
+    chosen = torch.zeros(len(label), NUM_IDS + 1, dtype=torch.bool, device=label.device)  # the last column: no class
+    return chosen.scatter_(1, drawn.where(drawn < len(law), NUM_IDS), True)[:, :NUM_IDS]
+
+
 def class_mask(label: Tensor, chosen: Tensor) -> Tensor:
     """Where each image shows one of its chosen classes: label (B H W), chosen (B 256, bool) -> B H W, bool."""
     return chosen.gather(1, label.flatten(1).long()).view_as(label)

@@ -22,6 +22,7 @@ class PseudoLabels(NamedTuple):
     label: Tensor  # int64 train ids
     weight: Tensor  # float32, 0..1
     probability: Tensor  # float32, of the label; 0 where pseudo-labels do not count
+    logits: Tensor | None = None  # B K h w, of which the labels were made
 
 
 class Teacher(nn.Module):
@@ -64,7 +65,8 @@ class Teacher(nn.Module):
         `valid` (B H W, bool or 0..1) says where pseudo-labels may have weight. Batch norms see this batch.
         """
         logits = self.output(image).logits  # B K h w
-        return label_logits(logits if self.tilt is None else logits.float() - self.tilt, self.confidence, valid)
+        logits = logits if self.tilt is None else logits.float() - self.tilt
+        return label_logits(logits, self.confidence, valid)
 
     @torch.no_grad()
     def output(self, image: Tensor) -> Output:
@@ -92,7 +94,7 @@ def label_logits(logits: Tensor, confidence: float, valid: Tensor) -> PseudoLabe
     The label is the most probable class. The weight is one number for the joint batch of all ranks, times `valid`: the
     share of all pixels, valid or not, whose probability is at least `confidence` (DAFormer, section 3.1).
     """
-    logits = F.interpolate(logits.float(), valid.shape[-2:], mode="bilinear", align_corners=False)  # B K H W
-    probability, label = logits.softmax(dim=1).max(dim=1)  # B H W
+    resized = F.interpolate(logits.float(), valid.shape[-2:], mode="bilinear", align_corners=False)  # B K H W
+    probability, label = resized.softmax(dim=1).max(dim=1)  # B H W
     share = collectives.all_reduce_mean((probability >= confidence).float().mean())
-    return PseudoLabels(label, share * valid.float(), probability * valid.float())
+    return PseudoLabels(label, share * valid.float(), probability * valid.float(), logits)

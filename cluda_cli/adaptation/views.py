@@ -10,9 +10,10 @@ from torch import Tensor
 
 from cluda_cli import settings
 from cluda_cli.adaptation.masking import block_mask
-from cluda_cli.adaptation.mixing import choose_classes, class_mask, class_mix
+from cluda_cli.adaptation.mixing import choose_by_law, choose_classes, class_mask, class_mix
 from cluda_cli.adaptation.photometric import strong_augment
-from cluda_cli.adaptation.teacher import Teacher
+from cluda_cli.adaptation.style import transfer_moments
+from cluda_cli.adaptation.teacher import PseudoLabels, Teacher
 from cluda_cli.data.batch import Batch, Crops
 from cluda_cli.data.labels import IGNORE
 from cluda_cli.distributed import collectives
@@ -33,12 +34,13 @@ class View:
     probability: Tensor  # B H W, float32, the teacher's probability of the label; 1 on ground truth
     boxes: Boxes | None = None  # where a student of two resolutions looks closely; None: where it is least certain
     pseudo_label: Tensor | None = None  # B H W, int64, of the target images of a mixed view, 255 = no pseudo-label
+    teacher_logits: Tensor | None = None  # B K h w, of which pseudo-labels were made; for methods that ask for it
     truth: Tensor | None = None  # B H W, bool, where the label is ground truth; None: nowhere
     seed: Tensor | None = None  # B, int64 on the CPU, for what objectives draw in each image
 
     def part(self, images: slice) -> Self:
         """The view of some of its images."""
-        maps = ("image", "label", "weight", "probability", "pseudo_label", "truth", "seed")
+        maps = ("image", "label", "weight", "probability", "pseudo_label", "teacher_logits", "truth", "seed")
         chosen = {name: None if (value := getattr(self, name)) is None else value[images] for name in maps}
         return replace(self, boxes=self.boxes and self.boxes.part(images), **chosen)
 
@@ -98,12 +100,17 @@ class Scene:
     @cached_property
     def target(self) -> Domain:
         """The target with pseudo-labels."""
+        pseudo, image = self.pseudo_labels, self._normalise(self.batch["target"])
+        truth = torch.zeros_like(pseudo.label, dtype=torch.bool)
+        return Domain(image, pseudo.label, pseudo.weight, pseudo.probability, truth)
+
+    @cached_property
+    def pseudo_labels(self) -> PseudoLabels:
+        """What the teacher says of the target."""
         crops = self.batch["target"]
         assert crops.valid is not None
-        image = self._normalise(crops)
         with span("teacher"):
-            pseudo = self.teacher.pseudo_labels(image, crops.valid)
-        return Domain(image, *pseudo, torch.zeros_like(pseudo.label, dtype=torch.bool))
+            return self.teacher.pseudo_labels(self._normalise(crops), crops.valid)
 
     def ground_truth(self, name: str) -> Domain:
         """Labelled crops of the batch, by their name."""
@@ -155,20 +162,36 @@ def make_target(scene: Scene) -> View:
 
 @dataclass(frozen=True)
 class MakeMixed:
-    """Target images with pseudo-labels under pasted source classes, strongly augmented (DACS, algorithm 1)."""
+    """Target images with pseudo-labels under pasted source classes, strongly augmented (DACS, algorithm 1).
+
+    With `mixing.tail` the classes are drawn by a law, given by its probabilities for each step, and the pasted pixels
+    of an image get the moments of the target image.
+    """
 
     mixing: settings.Mixing
+    law: Callable[[int], tuple[float, ...]] | None = None
 
     def __call__(self, scene: Scene) -> View:
         source, target = scene.source, scene.target
-        pasted = class_mask(source.label, choose_classes(source.label, scene.generators("mixing")))  # B H W
-        image, label, weight = class_mix(source.image, source.label, target.image, target.label, target.weight, pasted)
+        pasted = class_mask(source.label, self._choose(source.label, scene))  # B H W
+        shown, tail = source.image, self.mixing.tail
+        if tail:
+            shown = transfer_moments(shown, pasted, target.image, scene.batch["target"].inside, tail.epsilon)
+        image, label, weight = class_mix(shown, source.label, target.image, target.label, target.weight, pasted)
         image = scene.augment(image, self.mixing, "mixed augmentation")
         view = scene.view("mixed", Domain(image, label, weight, target.probability.masked_fill(pasted, 1.0), pasted))
         start, valid = self.mixing.uncertain_detail_from, scene.batch["target"].valid
         if start is not None and scene.step >= start:
             view = replace(view, boxes=None)
         return replace(view, pseudo_label=target.label.masked_fill(~valid, IGNORE))
+
+    def _choose(self, label: Tensor, scene: Scene) -> Tensor:
+        """The classes to paste of each image.  # B 256, bool"""
+        if self.mixing.tail is None:
+            return choose_classes(label, scene.generators("mixing"))
+        assert self.law is not None
+        law = torch.tensor(self.law(scene.step)).to(label.device, non_blocking=True)
+        return choose_by_law(label, law, self.mixing.tail.classes, scene.generators("mixing"))
 
 
 @dataclass(frozen=True)

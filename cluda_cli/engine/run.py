@@ -26,7 +26,7 @@ from cluda_cli.models.encoders import LoadReport, load_pretrained
 from cluda_cli.models.multires import build_segmenter
 from cluda_cli.models.normalisation import Normalisation
 from cluda_cli.models.segmenter import Output, Segmenter
-from cluda_cli.objectives import build_makers, build_objectives
+from cluda_cli.objectives import build_makers, build_objectives, source_law
 from cluda_cli.seeds import derive_seed
 from cluda_cli.settings import Settings
 
@@ -48,7 +48,8 @@ class Run:
         self.settings, self.device = settings, device
         self.classes, self.seen = joint_classes(sources), seen_classes(sources)
         balance = settings.data.class_balance
-        weights = balance and class_weights(class_frequencies(sources, settings.data.source_shares), balance.exponent)
+        frequencies = class_frequencies(sources, settings.data.source_shares)
+        weights = balance and class_weights(frequencies, balance.exponent)
         self.start: str | None = None
         """One line for the user that says what `model.start` did; None without it."""
         with torch.random.fork_rng(devices=[]):  # layers initialise themselves from the global generator
@@ -59,7 +60,7 @@ class Run:
                 # Tensor cores read channels last; the teacher and the frozen copy inherit it. FSDP2 refuses it.
                 self.student.encoder.to(memory_format=torch.channels_last)
             self.objectives = build_objectives(settings.objectives, self.student, self.classes, weights)
-        self.makers = build_makers(settings, self.objectives)
+        self.makers = build_makers(settings, self.objectives, frequencies)
         if settings.model.start and not resumed:
             self.start = start_from(Path(settings.model.start), self.student, self.classes)
         self.student.to(device)
@@ -125,8 +126,7 @@ class Run:
 
     def source_law(self, step: int) -> tuple[float, ...] | None:
         """Probabilities with which source classes are drawn for the batch of `step`; None: those of the settings."""
-        laws = (objective.source_law(step) for objective in self.objectives.values())
-        return next((law for law in laws if law is not None), None)
+        return source_law(self.objectives, step)
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on, on rank 0; all ranks must call it."""

@@ -18,9 +18,10 @@ probability 0.25, on Cityscapes 0.23: that is what the cost of a contrast depend
 
 
 def synthetic_source() -> Index:
-    """A labelled dataset with the classes of Cityscapes, each of which occurs; it has no files."""
+    """A labelled dataset with the classes of Cityscapes, as frequent as in synthetic labels; it has no files."""
     classes = ClassTable(CITYSCAPES)
-    item = Item("", "", (1, 1), dict.fromkeys(range(len(classes)), 1))
+    pixels = {train_id: round(10**6 * (train_id + 1) ** -UNEVENNESS) for train_id in range(len(classes))}
+    item = Item("", "", (1, 1), pixels)
     return Index("synthetic", Path(), Path(), classes, {"train": (item,)})
 
 

@@ -1,8 +1,12 @@
 """What is measured on views, one file per method. `build_objectives` chooses, `build_makers` says how views come."""
 
+from collections.abc import Callable, Sequence
+
+import torch
 from torch import Tensor, nn
 
 from cluda_cli import settings
+from cluda_cli.adaptation.mixing import tail_law
 from cluda_cli.adaptation.views import MakeMasked, MakeMixed, Maker, MakeSource, make_target
 from cluda_cli.data.labels import ClassTable
 from cluda_cli.errors import SettingsError
@@ -13,6 +17,7 @@ from cluda_cli.objectives.cross_entropy import CrossEntropy
 from cluda_cli.objectives.feature_distance import FeatureDistance
 from cluda_cli.objectives.objective import Objective
 from cluda_cli.objectives.pixel_contrast import PixelContrast
+from cluda_cli.objectives.zero_style import ZeroStyle
 
 
 def build_objectives(
@@ -40,17 +45,23 @@ def build_objectives(
         views = ("source", "mixed") if s.mixed else ("source",)
         fused = student.decoder.classifiers()[0].in_channels
         chosen["anchor_contrast"] = AnchorContrast(s.anchor_contrast, views, fused)
+    if s.zero_style:
+        chosen["zero_style"] = ZeroStyle(s.zero_style, class_weights)
     return nn.ModuleDict(chosen)
 
 
-def build_makers(s: settings.Settings, objectives: nn.ModuleDict) -> dict[str, Maker]:
+def build_makers(
+    s: settings.Settings, objectives: nn.ModuleDict, frequencies: Sequence[float] = ()
+) -> dict[str, Maker]:
     """How each view is made, by its name, in the order in which the student sees them.
 
-    Raises SettingsError if an objective reads a view that nobody makes, or if two make views of one name.
+    `frequencies` are those of the classes in the source, which `mixing.tail` asks for. Raises SettingsError if an
+    objective reads a view that nobody makes, if two make views of one name, or if no class is rare for `mixing.tail`.
     """
+    law = restrict_law(s.mixing.tail, objectives, frequencies) if s.mixing.tail else None
     makers: dict[str, Maker] = {
         "source": MakeSource(s.mixing),
-        "mixed": MakeMixed(s.mixing),
+        "mixed": MakeMixed(s.mixing, law),
         "masked": MakeMasked(s.masking, s.mixing),
         "target": make_target,
     }
@@ -64,3 +75,30 @@ def build_makers(s: settings.Settings, objectives: nn.ModuleDict) -> dict[str, M
             what = f"reads the view {', '.join(sorted(unknown))}, which nobody makes"
             raise SettingsError(what, f"objectives.{name}", f"views are {', '.join(makers)}")
     return makers
+
+
+def source_law(objectives: nn.ModuleDict, step: int) -> tuple[float, ...] | None:
+    """Probabilities of source classes for `step`, those of the first objective that has any; None: none has."""
+    laws = (objective.source_law(step) for objective in objectives.values())
+    return next((law for law in laws if law is not None), None)
+
+
+def restrict_law(
+    tail: settings.Tail, objectives: nn.ModuleDict, frequencies: Sequence[float]
+) -> Callable[[int], tuple[float, ...]]:
+    """The law of `mixing.tail`: that of an objective where there is one, else that of the frequencies, 0 on others.
+
+    Raises SettingsError if no class is rare.
+    """
+    rare = [0 < frequency < tail.share for frequency in frequencies]
+    if not any(rare):
+        what = f"no class of the source has less than {100 * tail.share:g} % of its pixels"
+        raise SettingsError(what, "mixing.tail.share", "raise it, or set mixing.tail=false")
+    statistic = torch.tensor(frequencies, dtype=torch.float64)
+    by_frequency: tuple[float, ...] = tuple(tail_law(statistic, torch.tensor(rare), tail.temperature).tolist())
+
+    def law(step: int) -> tuple[float, ...]:
+        published = source_law(objectives, step) or by_frequency
+        return tuple(share if is_rare else 0.0 for share, is_rare in zip(published, rare, strict=True))
+
+    return law

@@ -81,6 +81,19 @@ class Teacher(Section):
     """The weight of pseudo-labels is the share of pixels whose probability is at least this."""
 
 
+class Tail(Section):
+    """Paste rare classes alone, in the colours of the target (ours; inspired by Lee et al., AAAI 2021)."""
+
+    share: float = Field(0.01, gt=0, le=1)
+    """A class is rare if its share of the labelled source pixels is below this."""
+    classes: int = Field(2, ge=1)
+    """Rare classes that are drawn for an image, among those that it shows; the same one may be drawn twice."""
+    temperature: float = Field(0.01, gt=0)
+    """Classes are drawn by the softmax of (1 - frequency) / temperature, unless an objective publishes another law."""
+    epsilon: float = Field(1e-5, gt=0)
+    """Added to the deviation of a pasted region before the region is divided by it."""
+
+
 class Mixing(Section):
     """Strong augmentation of class-mixed images (DACS)."""
 
@@ -96,6 +109,8 @@ class Mixing(Section):
     """Jitter strength of source images, which are then blurred too, as mixed ones are; unset: they stay as they are."""
     uncertain_detail_from: Unset[Annotated[int, Field(ge=0)]] = None
     """From this step on, a mixed image shows in detail where its context is least certain; unset: anywhere, always."""
+    tail: Optional[Tail] = None
+    """Paste rare classes, drawn by a law, with the target's moments; false pastes half of the classes as they are."""
 
 
 class Masking(Section):

@@ -76,6 +76,17 @@ class AnchorContrast(Objective):
     """A pixel with a pseudo-label can be an anchor if the teacher gives the label at least this probability."""
 
 
+class ZeroStyle(CrossEntropy):
+    """Cross-entropy and agreement with the teacher on images without style (inspired by Lee et al., AAAI 2021)."""
+
+    weight: float = Field(0.1, ge=0)
+    """Factor of both terms in the total loss."""
+    epsilon: float = Field(1e-5, gt=0)
+    """Added to the deviation of a channel before the channel is divided by it."""
+    band: int = Field(0, ge=0, le=8)
+    """Frequencies up to this, in cycles per image, get the mean amplitude of all images seen; 0: moments alone go."""
+
+
 class Objectives(Section):
     """The terms of the loss."""
 
@@ -91,3 +102,5 @@ class Objectives(Section):
     """Contrast on source images and, if `mixed` is on, on mixed images; false switches it off."""
     anchor_contrast: Optional[AnchorContrast] = None
     """Contrast of anchors in source images and, if `mixed` is on, in mixed images; false switches it off."""
+    zero_style: Optional[ZeroStyle] = None
+    """Both domains without the moments of their channels; false switches it off."""

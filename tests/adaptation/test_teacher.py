@@ -90,7 +90,7 @@ def test_teacher_starts_as_an_independent_copy_without_gradient(student: Any) ->
 
 def test_pseudo_labels_give_no_gradient(student: Any, image: Tensor) -> None:
     teacher = Teacher(student, settings.Teacher(confidence=0.3))
-    _, weight, _ = teacher.pseudo_labels(image.requires_grad_(), VALID)
+    _, weight, *_ = teacher.pseudo_labels(image.requires_grad_(), VALID)
     assert not weight.requires_grad
     (student(image).logits.square().mean() * weight.mean()).backward()
     assert all(p.grad is None for p in teacher.parameters())
@@ -103,7 +103,7 @@ def test_pseudo_labels_use_batch_statistics_and_no_dropout(student: Any, image: 
     expected = label_logits(reference(image).logits, 0.3, VALID)
     for mode in (True, False):
         teacher.train(mode)
-        label, weight, _ = teacher.pseudo_labels(image, VALID)
+        label, weight, *_ = teacher.pseudo_labels(image, VALID)
         assert torch.equal(label, expected[0]) and torch.equal(weight, expected[1])
 
 
@@ -171,7 +171,7 @@ def test_weight_is_one_share_of_the_whole_batch_and_zero_where_invalid() -> None
     logits[0, 1, 0] = 20  # both pixels of one row of one image are sure of class 1
     valid = torch.ones(2, 2, 2, dtype=torch.bool)
     valid[0, 0, 0] = valid[1, 1, 1] = False
-    label, weight, probability = label_logits(logits, 0.968, valid)
+    label, weight, probability, _ = label_logits(logits, 0.968, valid)
     assert label.dtype == torch.int64 and weight.dtype == torch.float32
     assert label.tolist() == [[[1, 1], [0, 0]], [[0, 0], [0, 0]]]
     assert torch.equal(weight, 0.25 * valid)
@@ -193,7 +193,7 @@ def test_pseudo_labels_are_corrected_for_class_weights_and_the_network_is_not() 
     plain = Teacher(Fixed(), settings.Teacher(confidence=0.75))
     corrected = Teacher(Fixed(), settings.Teacher(confidence=0.75), weights)
     assert plain.pseudo_labels(torch.zeros(1, 3, 1, 2), valid).label.tolist() == [[[1, 1]]]
-    label, weight, found = corrected.pseudo_labels(torch.zeros(1, 3, 1, 2), valid)
+    label, weight, found, _ = corrected.pseudo_labels(torch.zeros(1, 3, 1, 2), valid)
     assert label.tolist() == [[[0, 1]]] and weight.tolist() == [[[0.5, 0.5]]]
     torch.testing.assert_close(found, torch.tensor([[[0.7, 0.8]]]))
     assert torch.equal(corrected.output(torch.zeros(1, 3, 1, 2)).logits, tilted)
@@ -227,7 +227,7 @@ def test_pseudo_labels_as_the_reference(golden: Any) -> None:
     bounds = description["tolerance_demanded"]["bounds"]
     everywhere = torch.ones(logits.shape[0], *logits.shape[2:])
     for threshold in (0.968, 0.9, 0.5, 0.0, 1.1):
-        label, weight, _ = label_logits(logits, threshold, everywhere)
+        label, weight, *_ = label_logits(logits, threshold, everywhere)
         assert torch.equal(label, tensors["out.pseudo_label"].long())
         key = f"weight_value.t{threshold}"
         torch.testing.assert_close(
@@ -240,7 +240,7 @@ def test_pseudo_labels_as_the_reference(golden: Any) -> None:
         valids[key][:, :top] = 0
         valids[key][:, everywhere.shape[1] - bottom :] = 0
     for key, valid in valids.items():
-        _, weight, _ = label_logits(logits, 0.968, valid)
+        _, weight, *_ = label_logits(logits, 0.968, valid)
         torch.testing.assert_close(weight, tensors[f"out.{key}"], rtol=0, atol=bounds[key]["float32_max_abs"])
 
 

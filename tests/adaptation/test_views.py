@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from cluda_cli import settings
+from cluda_cli.adaptation.style import moments
 from cluda_cli.adaptation.teacher import PseudoLabels, label_logits
 from cluda_cli.adaptation.views import Scene, View
 from cluda_cli.data.batch import Batch, Crops, to_device
+from cluda_cli.errors import SettingsError
 from cluda_cli.models.boxes import Boxes, random_boxes
 from cluda_cli.models.normalisation import IMAGENET
 from cluda_cli.objectives import build_makers
@@ -117,6 +119,32 @@ def test_every_mixed_pixel_is_wholly_of_the_source_or_of_the_target(batch: Batch
     assert torch.equal(mixed.image, torch.where(pasted[:, None], source.image, teacher.seen[0]))
     assert torch.equal(mixed.weight, torch.where(pasted, 1, 0.25 * batch["target"].valid))
     assert mixed.image.dtype == mixed.weight.dtype == torch.float32 and mixed.label.dtype == torch.int64
+
+
+def test_rare_classes_are_pasted_with_the_moments_of_the_target(batch: Batch) -> None:
+    tail, frequencies = settings.Mixing(jitter_probability=0, blur_probability=0, tail=settings.Tail()), [0.25] * 3
+    chosen = settings.Settings(mixing=tail)
+    teacher = StubTeacher()
+    makers = build_makers(chosen, nn.ModuleDict(), [*frequencies, *[0.0] * 9, 0.005, 0.004, *[0.04] * 5])
+    scene = Scene(batch, teacher, 0, 0)  # type: ignore[arg-type]
+    view = makers["mixed"](scene)
+    pasted = view.truth
+    assert pasted is not None
+    label = batch["source"].label.long()
+    assert set(view.label[pasted].tolist()) <= {12, 13} and pasted.flatten(1).any(dim=1).all()
+    assert torch.equal(view.label, torch.where(pasted, label, scene.target.label))
+    kept = ~pasted[:, None].expand_as(view.image)
+    assert torch.equal(view.image[kept], scene.target.image[kept])
+    for found, expected in zip(
+        moments(view.image, pasted), moments(scene.target.image, batch["target"].inside), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_without_a_rare_class_there_is_no_law() -> None:
+    chosen = settings.Settings(mixing=settings.Mixing(tail=settings.Tail(share=0.3)))
+    with pytest.raises(SettingsError, match=r"mixing\.tail\.share: no class .* less than 30 % .* -> raise it"):
+        build_makers(chosen, nn.ModuleDict(), [0.5, 0.5, 0.0])
 
 
 def test_source_images_are_augmented_where_wanted(batch: Batch) -> None:

@@ -58,6 +58,14 @@ MIC = {
     },
 }
 
+VIEWS = {
+    "mixing": {"tail": {"share": 1.0}},  # no class of the tiny data is rare
+    "objectives": {
+        "source": {"hard_pixels": False}, "feature_distance": False, "pixel_contrast": False, "anchor_contrast": False,
+        "zero_style": {"band": 1},
+    },
+}  # fmt: skip
+
 
 def with_biases(settings, path):
     """The settings with encoder weights whose biases are not 0: layer norms of what is 0 would magnify rounding."""
@@ -77,7 +85,7 @@ def test_two_processes_compute_what_one_does(tiny_settings, tmp_path, monkeypatc
     worker = runpy.run_path(str(WORKER))
     monkeypatch.setitem(VARIANTS, "mit_b0", worker["NARROW"])
     cluda = with_biases(changed(tiny_settings, CLUDA), tmp_path / "biased.safetensors")
-    cases = {"cluda": cluda, "mic": changed(cluda, MIC)}
+    cases = {"cluda": cluda, "mic": changed(cluda, MIC), "views": changed(cluda, VIEWS)}
     for name, settings in cases.items():
         (tmp_path / f"{name}.json").write_text(settings.model_dump_json())
         sharded = changed(settings, {"training": {"shard": True}})

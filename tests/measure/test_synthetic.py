@@ -35,4 +35,5 @@ def test_the_source_has_every_class_and_no_file(tmp_path, monkeypatch):
     assert source.classes.names == tuple(c.name for c in CITYSCAPES)
     (item,) = source.labelled("train") or source.split("train")
     assert set(item.pixels) == set(range(len(CITYSCAPES)))
+    assert 0 < item.pixels[18] / sum(item.pixels.values()) < 0.01 < item.pixels[0] / sum(item.pixels.values())
     assert not list(tmp_path.iterdir())

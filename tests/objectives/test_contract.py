@@ -40,6 +40,7 @@ READS_OUTPUT = {
     "feature_distance": ({"map 3"}, {"map 3"}),
     "pixel_contrast": ({"features"}, {"features", "detail features"} | MAPS),
     "anchor_contrast": ({"features"}, {"features"}),
+    "zero_style": ({"logits"}, {"logits", "detail logits"}),
 }
 
 
@@ -112,7 +113,8 @@ def make_view(name: str, resolutions: int = 1) -> View:
     label[:, : side // 2, : side // 2] = 255
     weight, probability = (torch.full((2, side, side), 1.0 if name == "source" else value) for value in (0.5, 0.97))
     image = torch.randn(2, 3, side, side, generator=generator)
-    return View(name, image, label, weight, probability, seed=torch.tensor([3, 4]))
+    teacher = torch.randn(2, 19, side, side, generator=generator)
+    return View(name, image, label, weight, probability, teacher_logits=teacher, seed=torch.tensor([3, 4]))
 
 
 def see(group: tuple[str, ...], resolutions: int = 1, cells: int = CELL) -> list[Seen]:
@@ -246,7 +248,7 @@ def test_weightless_pixels_do_not_matter(name: str, resolutions: int) -> None:
 @contract
 def test_order_of_images_does_not_matter(name: str, group: tuple[str, ...], resolutions: int) -> None:
     objective, seen = objectives(resolutions)[name], see(group, resolutions)
-    maps = ("image", "label", "weight", "probability", "seed")
+    maps = ("image", "label", "weight", "probability", "teacher_logits", "seed")
     turned = [
         Seen(flipped(output), replace(view, **{name: getattr(view, name).flip(0) for name in maps}))
         for output, view in seen

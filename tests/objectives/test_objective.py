@@ -1,5 +1,6 @@
 """What an objective may do beside its term, seen in whole steps: groups of views, edits, state, laws."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from cluda_cli.data.index import find
 from cluda_cli.data.streams import batches
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.step import _make_view, join_groups, training_step
-from cluda_cli.objectives import build_makers
+from cluda_cli.objectives import build_makers, restrict_law
 from cluda_cli.objectives.objective import Objective
 
 CPU = torch.device("cpu")
@@ -98,3 +99,20 @@ def test_views_that_share_a_group_share_a_graph():
     one, other = Reads(("source",), ("strong", "weak")), Reads(("mixed",), ("masked", "weak"))
     assert join_groups([one, other], order) == [("source",), ("mixed",), ("masked", "weak", "strong")]
     assert join_groups([Reads()], order) == []
+
+
+class Lawgiver(Objective):
+    """Asks for classes by a law from the second step on."""
+
+    reads = ()
+
+    def source_law(self, step):
+        return (0.1, 0.2, 0.3, 0.4) if step else None
+
+
+def test_the_law_of_tail_mixing_is_the_published_one_as_far_as_classes_are_rare():
+    objectives = nn.ModuleDict({"lawgiver": Lawgiver(settings.Objective())})
+    law = restrict_law(settings.Tail(temperature=0.02), objectives, [0.004, 0.5, 0.0, 0.008])
+    first = 1 / (1 + math.exp(-0.004 / 0.02))
+    assert law(0) == pytest.approx((first, 0, 0, 1 - first))
+    assert law(1) == (0.1, 0, 0, 0.4)

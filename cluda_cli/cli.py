@@ -1,7 +1,6 @@
 """The commands. Each parses its options, loads settings and calls one verb. Only the verbs import torch."""
 
-import hashlib
-import re
+import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -25,6 +24,7 @@ Examples:
   cluda bench --preset daformer-cluda     time and memory that it takes here
   cluda train --preset daformer-cluda     GTA5 -> Cityscapes, as in the paper
   cluda eval --ckpt runs/demo/best.safetensors
+  cluda compare runs/a runs/b             means over seeds, gains, differences
   cluda predict images/                   with the newest run's best weights
   cluda import-weights hrda.pth --preset hrda
 
@@ -32,10 +32,6 @@ Examples:
 Exit codes: 0 done, 1 the run failed, 2 usage or settings, 3 data,
 4 environment, 130 interrupted with state saved.
 """
-
-
-LONGEST_NAME = 150
-"""Bytes of the name of a default run folder, before the hash that marks a shortened one."""
 
 
 class _Commands(TyperGroup):
@@ -158,6 +154,10 @@ def train(
         Path | None, typer.Option(help="Folder of the run.  [default: runs/<presets and changed settings>]")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(metavar="0,1,2", help="One run per seed, one after another; --resume goes on with the group."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = None,
     devices: Annotated[
@@ -172,20 +172,26 @@ def train(
     """Adapt a network from the source to the target domain."""
     if resume and overwrite:
         raise SettingsError("--resume and --overwrite exclude each other", "train", "give one of them")
-    from cluda_cli import presets
-
     place = read_place()
     if place and not place.prints:
         console.mute()
     if place and devices not in (None, place.world_size):
         what = f"--devices {devices}, but torchrun started {place.world_size} processes"
         raise SettingsError(what, "train", "leave --devices out")
-    options = _options(source, target, data_root, {"seed": seed, "steps": steps, "device": device})
-    folder = run or (
-        _find_resumable(preset or [], options, set_ or [])
-        if resume
-        else _name_folder(preset or [], options, set_ or [])
-    )
+    named = {"seed": seed, "steps": steps, "device": device}
+    if seeds is not None:
+        if seed is not None:
+            raise SettingsError("--seed and --seeds exclude each other", "train", "give one of them")
+        if place or (devices and devices > 1):
+            raise SettingsError("a group of seeds runs on one device", "--seeds", "start each seed with --seed")
+        each = {number: _options(source, target, data_root, named | {"seed": number}) for number in _parse(seeds)}
+        _train_seeds(preset or [], each, set_ or [], run, resume=resume, overwrite=overwrite)
+        return
+    from cluda_cli import presets, runs
+
+    options = _options(source, target, data_root, named)
+    choose = runs.find_resumable if resume else runs.name_folder
+    folder = run or choose(preset or [], options, set_ or [])
     if resume:
         if preset:
             console.warn("--preset only names the folder here; a resumed run keeps its own settings")
@@ -201,6 +207,42 @@ def train(
     from cluda_cli.commands.train import train
 
     train(settings, folder, resume=resume, overwrite=overwrite)
+
+
+def _parse(seeds: str) -> list[int]:
+    """Distinct seeds from a list such as 0,1,2."""
+    numbers = [part.strip() for part in seeds.split(",")]
+    if not all(number.isascii() and number.isdigit() and len(number) < 19 for number in numbers):
+        raise SettingsError(f'"{seeds}" is no list of seeds', "--seeds", "give whole numbers, as in --seeds 0,1,2")
+    if len({*map(int, numbers)}) < len(numbers):
+        raise SettingsError("names a seed twice", "--seeds", "name each once")
+    return [int(number) for number in numbers]
+
+
+def _train_seeds(
+    preset: list[str],
+    options: dict[int, dict[str, Any]],
+    overrides: list[str],
+    run: Path | None,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> None:
+    """Train a run for each seed, in a folder of its own; with `resume`, those that have begun go on."""
+    from cluda_cli import presets, runs
+
+    folders = {s: run / f"seed={s}" if run else runs.name_folder(preset, own, overrides) for s, own in options.items()}
+    going_on = {seed: resume and (folder / "settings.json").is_file() for seed, folder in folders.items()}
+    settings = {
+        seed: presets.resume(folders[seed], own, overrides) if going_on[seed] else presets.load(preset, own, overrides)
+        for seed, own in options.items()
+    }
+    from cluda_cli.commands.train import train
+
+    for seed, folder in folders.items():
+        console.info(f"seed {seed}: {folder}")
+        train(settings[seed], folder, resume=going_on[seed], overwrite=overwrite)
+    console.info(f"next: cluda compare {' '.join(shlex.quote(str(folder)) for folder in folders.values())}")
 
 
 @_command(short_help="Measure a step: time by part, memory, hours of the run.")
@@ -241,55 +283,6 @@ def _options(
     root = str(data_root) if data_root else None
     named = {"data": {"source": source or None, "target": target, "root": root}, "training": training}
     return {section: {k: v for k, v in values.items() if v is not None} for section, values in named.items()}
-
-
-def _name_folder(preset: list[str], options: dict[str, Any], overrides: list[str]) -> Path:
-    """runs/<presets>-<changes>, such as runs/dacs-small-seed=1. Data root and device are no changes of the result."""
-    changes = _flatten_changes(options, overrides)
-    for key in ("data.root", "training.device"):
-        changes.pop(key, None)
-    files = map(Path, preset)  # the settings of a run are named by their folder
-    parts = [file.parent.name if file.name == "settings.json" else file.stem for file in files] or ["defaults"]
-    parts += [
-        f"{key.removeprefix('training.').removeprefix('data.')}={_spell(changes[key])}" for key in sorted(changes)
-    ]
-    full = "-".join(parts)
-    plain = re.sub(r"[^\w.,=+-]+", "_", full)
-    if plain != full or len(plain.encode()) > LONGEST_NAME:  # others may look alike after this
-        mark = hashlib.sha256(full.encode("utf-8", "replace")).hexdigest()[:8]
-        plain = f"{plain.encode()[:LONGEST_NAME].decode('utf-8', 'ignore')}-{mark}"
-    return Path("runs") / plain
-
-
-def _flatten_changes(options: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Settings that options and --set change, by their path."""
-    from cluda_cli import presets
-
-    tree = options
-    for text in overrides:
-        tree = presets.merge(tree, presets.parse_override(text))
-    return presets.flatten(tree)
-
-
-def _spell(value: Any) -> str:
-    """A value of a setting as part of a name; the elements of a list are joined by +."""
-    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _find_resumable(preset: list[str], options: dict[str, Any], overrides: list[str]) -> Path:
-    """The folder of the run of these presets and changes; else that of the presets, where the changes take effect.
-
-    A run of another seed, source or target is never taken. Without a preset, the folder of the newest run.
-    """
-    runs = Path("runs")
-    if preset:
-        exact, plain = _name_folder(preset, options, overrides), _name_folder(preset, {}, [])
-        another_run = {"training.seed", "data.source", "data.target"} & _flatten_changes(options, overrides).keys()
-        return exact if another_run or (exact / "settings.json").is_file() else plain
-    saved = sorted(runs.glob("*/resume/state.pt"), key=lambda path: path.stat().st_mtime)
-    if not saved:
-        raise SettingsError("no run to resume", runs, "name one with --run")
-    return saved[-1].parent.parent
 
 
 @_command("pseudo-label", short_help="Label the target; the result is a dataset for train --source.")
@@ -345,6 +338,20 @@ def evaluate(
     evaluate(
         ckpt, dataset=dataset, split=split, data_root=data_root, device=device, as_json=as_json, confusion=confusion
     )
+
+
+@_command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    baseline: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Run of the group that gains are over.  [default: the first]")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Means over seeds, per class too, with paired gains over a baseline, and the settings that differ."""
+    from cluda_cli.commands.compare import compare
+
+    compare(runs, baseline=baseline, as_json=as_json)
 
 
 @_command()

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cluda_cli import __version__, presets
-from cluda_cli.cli import _find_resumable, app
+from cluda_cli.cli import app
 
 run = CliRunner().invoke
 
@@ -23,7 +23,7 @@ def test_no_arguments_print_help_with_examples():
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 @pytest.mark.parametrize(
-    "command", ["prepare", "train", "bench", "pseudo-label", "eval", "predict", "import-weights", "presets"]
+    "command", ["prepare", "train", "bench", "pseudo-label", "eval", "compare", "predict", "import-weights", "presets"]
 )
 def test_every_command_has_both_helps(command, flag):
     result = run(app, [command, flag])
@@ -233,10 +233,32 @@ def test_the_whole_path_from_training_to_pictures(tiny_settings, tmp_path, monke
     assert again.exit_code == 0, again.stderr
 
 
-def test_resume_never_takes_the_run_of_another_seed_or_dataset(tmp_path, monkeypatch):
+def test_a_group_of_seeds_has_a_folder_for_each_and_goes_on_with_those_that_began(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "demo").mkdir(parents=True)
-    (tmp_path / "runs" / "demo" / "settings.json").touch()
-    assert _find_resumable(["demo"], {"training": {"steps": 9}}, []) == Path("runs/demo")
-    assert _find_resumable(["demo"], {"training": {"seed": 7}}, []) == Path("runs/demo-seed=7")
-    assert _find_resumable(["demo"], {}, ["data.source=gta"]) == Path("runs/demo-source=gta")
+    seen = []
+    monkeypatch.setattr(
+        "cluda_cli.commands.train.train",
+        lambda settings, folder, *, resume, overwrite: seen.append((settings.training.seed, folder, resume)),
+    )
+    assert run(app, ["train", "--preset", "dacs", "--seeds", "0,2"]).exit_code == 0
+    assert seen == [(0, Path("runs/dacs-seed=0"), False), (2, Path("runs/dacs-seed=2"), False)]
+    seen.clear()
+    begun = tmp_path / "group" / "seed=2"
+    begun.mkdir(parents=True)
+    (begun / "settings.json").write_text('{"training": {"seed": 2}}')
+    result = run(app, ["train", "--preset", "dacs", "--seeds", "0,2", "--run", "group", "--resume"])
+    assert result.exit_code == 0
+    assert seen == [(0, Path("group/seed=0"), False), (2, Path("group/seed=2"), True)]
+    assert "next: cluda compare group/seed=0 group/seed=2" in result.stderr
+
+
+@pytest.mark.parametrize("seeds", ["", "a", "0,,1", "0,0", "-1", "1.5", "0,00"])
+def test_what_is_no_list_of_seeds_is_refused(seeds):
+    result = run(app, ["train", "--seeds", seeds])
+    assert result.exit_code == 2
+    assert "--seeds" in result.stderr
+
+
+@pytest.mark.parametrize("other", [["--seed", "1"], ["--devices", "2"]])
+def test_a_group_of_seeds_excludes_what_does_not_go_with_it(other):
+    assert run(app, ["train", "--seeds", "0,1", *other]).exit_code == 2

@@ -184,32 +184,46 @@ def train(
             raise SettingsError("--seed and --seeds exclude each other", "train", "give one of them")
         if place or (devices and devices > 1):
             raise SettingsError("a group of seeds runs on one device", "--seeds", "start each seed with --seed")
-        each = {number: _options(source, target, data_root, named | {"seed": number}) for number in _parse(seeds)}
+        each = {number: _options(source, target, data_root, named | {"seed": number}) for number in _parse_seeds(seeds)}
         _train_seeds(preset or [], each, set_ or [], run, resume=resume, overwrite=overwrite)
         return
+    options = _options(source, target, data_root, named)
+    count = devices if devices and devices > 1 and place is None else 1  # processes that are still to be started
+    _train_one(preset or [], options, set_ or [], run, processes=count, resume=resume, overwrite=overwrite)
+
+
+def _train_one(
+    preset: list[str],
+    options: dict[str, Any],
+    overrides: list[str],
+    run: Path | None,
+    *,
+    processes: int,
+    resume: bool,
+    overwrite: bool,
+) -> None:
+    """Train one run, here or in so many new processes."""
     from cluda_cli import presets, runs
 
-    options = _options(source, target, data_root, named)
-    choose = runs.find_resumable if resume else runs.name_folder
-    folder = run or choose(preset or [], options, set_ or [])
+    folder = run or (runs.find_resumable if resume else runs.name_folder)(preset, options, overrides)
     if resume:
         if preset:
             console.warn("--preset only names the folder here; a resumed run keeps its own settings")
-        settings = presets.resume(folder, options, set_ or [])
+        settings = presets.resume(folder, options, overrides)
     else:
-        settings = presets.load(preset or [], options, set_ or [])
+        settings = presets.load(preset, options, overrides)
 
-    if devices and devices > 1 and place is None:  # all processes take the folder that was found here
+    if processes > 1:  # all of them take the folder that was found here
         from cluda_cli.distributed.launch import launch
 
         chosen = [] if run else ["--run", str(folder)]
-        raise typer.Exit(launch(devices, partial(main, [*sys.argv[1:], *chosen])))
+        raise typer.Exit(launch(processes, partial(main, [*sys.argv[1:], *chosen])))
     from cluda_cli.commands.train import train
 
     train(settings, folder, resume=resume, overwrite=overwrite)
 
 
-def _parse(seeds: str) -> list[int]:
+def _parse_seeds(seeds: str) -> list[int]:
     """Distinct seeds from a list such as 0,1,2."""
     numbers = [part.strip() for part in seeds.split(",")]
     if not all(number.isascii() and number.isdigit() and len(number) < 19 for number in numbers):

@@ -69,10 +69,21 @@ class Teacher(nn.Module):
         return label_logits(logits, self.confidence, valid)
 
     @torch.no_grad()
-    def output(self, image: Tensor) -> Output:
-        """All that the network makes of normalised images (B 3 H W), in the modes of pseudo-labels."""
+    def output(self, image: Tensor, *, keep_statistics: bool = True) -> Output:
+        """All that the network makes of normalised images (B 3 H W), in the modes of pseudo-labels.
+
+        Without `keep_statistics` the batch norms normalise with these images all the same, and forget them: running
+        statistics are those of the target, as it will be seen.
+        """
         self._set_modes()
-        output: Output = self.network(image)
+        norms = [m for m in self.network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        try:
+            for norm in norms:
+                norm.track_running_stats = keep_statistics
+            output: Output = self.network(image)
+        finally:
+            for norm in norms:
+                norm.track_running_stats = True
         return output
 
     def _set_modes(self) -> None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.distributed.tensor import DTensor
 
 from cluda_cli import console
 from cluda_cli.distributed.place import Place, read_place
@@ -180,6 +181,15 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
         return local_rows(gradient) * world_size()
+
+
+def gather_tensor(tensor: Tensor) -> Tensor:
+    """All-gather a sharded tensor; any other is returned as it is. All ranks must call it.
+
+    The gradient of a sharded parameter is this rank's part of that of the whole. So every rank must compute the same
+    loss from what it gathers.
+    """
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def average_gradients(tensors: Sequence[Tensor]) -> None:

@@ -69,11 +69,6 @@ def _is_block(module: nn.Module) -> bool:
     return any(True for _ in module.children()) and any(True for _ in module.parameters())
 
 
-def gather_tensor(tensor: Tensor) -> Tensor:
-    """All-gather a sharded tensor; any other is returned as it is. All ranks must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def gather_model_state(module: nn.Module) -> dict[str, Tensor]:
     """The whole state of a module, in main memory, on rank 0; {} on the other ranks, which must call it too."""
     state: dict[str, Tensor] = get_model_state_dict(module, options=WHOLE)
@@ -93,7 +88,7 @@ def gather_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def _gather_to_first(tensor: Tensor) -> Tensor | None:
-    whole = gather_tensor(tensor)
+    whole = collectives.gather_tensor(tensor)
     return None if collectives.rank() else whole.cpu()
 
 

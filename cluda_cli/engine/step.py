@@ -17,7 +17,7 @@ from cluda_cli.data.batch import Batch
 from cluda_cli.distributed import collectives
 from cluda_cli.engine.optim import set_learning_rate
 from cluda_cli.engine.run import Run
-from cluda_cli.engine.sharding import gather_tensor, unsharded_only
+from cluda_cli.engine.sharding import unsharded_only
 from cluda_cli.errors import RunError
 from cluda_cli.models.segmenter import Output
 from cluda_cli.objectives.objective import Objective
@@ -150,7 +150,7 @@ def _require_finite(
     step: int, terms: Mapping[str, Tensor], values: Tensor, gradients: Sequence[Tensor]
 ) -> dict[str, float]:
     """The terms as numbers. Raises RunError that names what is not finite: a broken term breaks the norm."""
-    norm = gather_tensor(torch.nn.utils.get_total_norm(gradients))
+    norm = collectives.gather_tensor(torch.nn.utils.get_total_norm(gradients))
     first, *numbers = torch.cat([norm.reshape(1).to(values), values]).tolist()
     if math.isfinite(first):
         return dict(zip(terms, numbers, strict=True))

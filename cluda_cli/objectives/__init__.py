@@ -15,6 +15,7 @@ from cluda_cli.models.segmenter import Segmenter
 from cluda_cli.objectives.anchor_contrast import AnchorContrast
 from cluda_cli.objectives.cross_entropy import CrossEntropy
 from cluda_cli.objectives.feature_distance import FeatureDistance
+from cluda_cli.objectives.memory_contrast import MemoryContrast
 from cluda_cli.objectives.objective import Objective
 from cluda_cli.objectives.pixel_contrast import PixelContrast
 from cluda_cli.objectives.zero_style import ZeroStyle
@@ -47,6 +48,9 @@ def build_objectives(
         chosen["anchor_contrast"] = AnchorContrast(s.anchor_contrast, views, fused)
     if s.zero_style:
         chosen["zero_style"] = ZeroStyle(s.zero_style, class_weights)
+    if s.memory_contrast:
+        fused = student.decoder.classifiers()[0].in_channels
+        chosen["memory_contrast"] = MemoryContrast(s.memory_contrast, len(classes), fused)
     return nn.ModuleDict(chosen)
 
 

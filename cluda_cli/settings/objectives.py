@@ -87,6 +87,31 @@ class ZeroStyle(CrossEntropy):
     """Frequencies up to this, in cycles per image, get the mean amplitude of all images seen; 0: moments alone go."""
 
 
+class MemoryContrast(Objective):
+    """Contrast with a memory of every class and mixtures of its hardest negatives (MoCHi, arXiv 2010.01028)."""
+
+    weight: float = Field(0.1, ge=0)
+    """Factor of the term in the total loss."""
+    start: int = Field(3000, ge=0)
+    """First step at which the term is active; it fills the memory, so the loss begins in the next step."""
+    temperature: float = Field(0.1, ge=0.02)
+    """Divisor of the cosine similarity."""
+    projection_channels: int = Field(128, ge=1)
+    """Channels of the projection head, hidden and final, and of the memory."""
+    anchors: int = Field(1024, ge=1)
+    """Pixels of a batch that are compared with the memory, at most; all classes of all images lose alike."""
+    memory: int = Field(1024, ge=1)
+    """Pixels of a class that are remembered; the oldest is forgotten first."""
+    pushed: int = Field(16, ge=1)
+    """Pixels of a class in one image that a step remembers, at most."""
+    hardest: int = Field(512, ge=1)
+    """Negatives of an anchor that may be mixed, those that are most similar to it."""
+    mixed_pairs: int = Field(128, ge=0)
+    """Mixtures of two negatives for each anchor; with this and `mixed_queries` 0 the contrast is a plain one."""
+    mixed_queries: int = Field(32, ge=0)
+    """Mixtures of a negative with the anchor itself, for each anchor."""
+
+
 class Objectives(Section):
     """The terms of the loss."""
 
@@ -104,3 +129,5 @@ class Objectives(Section):
     """Contrast of anchors in source images and, if `mixed` is on, in mixed images; false switches it off."""
     zero_style: Optional[ZeroStyle] = None
     """Both domains without the moments of their channels; false switches it off."""
+    memory_contrast: Optional[MemoryContrast] = None
+    """Contrast of mixed images with a memory of every class (MoCHi); false switches it off."""

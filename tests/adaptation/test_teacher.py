@@ -142,6 +142,17 @@ def test_running_statistics_follow_the_target_and_never_the_student(student: Any
     assert all(torch.equal(value, here[name]) for name, value in network.state_dict().items())
 
 
+def test_other_images_can_pass_without_moving_the_statistics(student: Any, image: Tensor) -> None:
+    """The output is that of batch statistics all the same."""
+    teacher, other = (Teacher(student, settings.Teacher()) for _ in range(2))
+    before = copy.deepcopy(teacher.state_dict())
+    output = teacher.output(image, keep_statistics=False)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert torch.equal(output.logits, other.output(image).logits)
+    teacher.output(image)
+    assert not torch.equal(teacher.network.norm.running_mean, before["network.norm.running_mean"])
+
+
 def test_frozen_encoder_norms_of_the_network_stay_frozen() -> None:
     decoder = settings.Decoder(embed_dim=4, channels=4, dilations=(1,))
     model = settings.Model(encoder="test_resnet", weights=False, freeze_batch_norm=True, decoder=decoder)

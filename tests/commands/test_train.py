@@ -197,7 +197,13 @@ DECAYED_ANCHORS = {
     "objectives": {"anchor_contrast": {"anchors": 4, "projection_dim": 8, "min_probability": 0}},
     "optimizer": {"layer_decay": 0.9},
 }
-MICRO_BATCHES = {"model": {"freeze_batch_norm": True}, "data": {"batch_size": 3}, "training": {"micro_batch": 2}}
+MEMORY = {"start": 1, "projection_channels": 8, "memory": 6, "anchors": 8, "hardest": 4, "mixed_pairs": 3, "pushed": 2}
+MICRO_BATCHES = {
+    "model": {"freeze_batch_norm": True},
+    "data": {"batch_size": 3},
+    "training": {"micro_batch": 2},
+    "objectives": {"memory_contrast": MEMORY},
+}
 
 
 @pytest.fixture
@@ -231,7 +237,9 @@ def test_a_stopped_and_resumed_run_equals_one_that_never_stopped(
     assert_resume_is_exact(tiny_settings, whole, tmp_path / "parts", stop)
 
 
-@pytest.mark.parametrize("changes", [DECAYED_ANCHORS, MICRO_BATCHES], ids=["anchors, layer decay", "micro-batches"])
+@pytest.mark.parametrize(
+    "changes", [DECAYED_ANCHORS, MICRO_BATCHES], ids=["anchors, layer decay", "micro-batches, memory"]
+)
 def test_resume_is_exact_with_two_resolutions(tiny_settings, tmp_path, assert_resume_is_exact, changes):
     """Stopped in the step in which mixed images begin to show the most uncertain detail."""
     tree = presets.merge(presets.merge(TWO_RESOLUTIONS, changes), {"training": {"steps": 4, "validate_every": 2}})

@@ -43,6 +43,14 @@ CLUDA = {
     "objectives": {
         "source": {"hard_pixels": {}},
         "anchor_contrast": {"projection_dim": 8, "anchors": 3, "max_anchors": 40, "min_probability": 0.2},
+        "memory_contrast": {
+            "start": 0,
+            "projection_channels": 8,
+            "memory": 9,
+            "anchors": 20,
+            "hardest": 4,
+            "pushed": 3,
+        },
     },
 }
 MIC = {
@@ -55,6 +63,7 @@ MIC = {
         "feature_distance": False,
         "pixel_contrast": {"size": 7, "weighter_dim": 8},
         "anchor_contrast": False,  # 2 x 2 cells hold no two anchors of a class
+        "memory_contrast": False,
     },
 }
 

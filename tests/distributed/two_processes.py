@@ -15,7 +15,6 @@ from cluda_cli.data.index import find
 from cluda_cli.data.streams import batches
 from cluda_cli.distributed import collectives
 from cluda_cli.engine.run import Run
-from cluda_cli.engine.sharding import gather_tensor
 from cluda_cli.engine.step import training_step
 from cluda_cli.inference.scoring import score
 from cluda_cli.models.mit import VARIANTS, Variant
@@ -63,7 +62,10 @@ def state(run: Run) -> dict[str, Tensors]:
     }
     moments = run.optimizer.state_dict()["state"]
     found["optimizer"] = {f"{i} {name}": value for i, values in moments.items() for name, value in values.items()}
-    return {part: {name: gather_tensor(t).clone() for name, t in tensors.items()} for part, tensors in found.items()}
+    return {
+        part: {name: collectives.gather_tensor(t).clone() for name, t in tensors.items()}
+        for part, tensors in found.items()
+    }
 
 
 if __name__ == "__main__":

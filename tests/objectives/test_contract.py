@@ -10,6 +10,7 @@ large, its features 8 cells.
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,7 +42,9 @@ READS_OUTPUT = {
     "pixel_contrast": ({"features"}, {"features", "detail features"} | MAPS),
     "anchor_contrast": ({"features"}, {"features"}),
     "zero_style": ({"logits"}, {"logits", "detail logits"}),
+    "memory_contrast": ({"features"}, {"features"}),
 }
+SMALL: dict[str, Any] = {"memory_contrast": {"memory": 32, "projection_channels": 8}}
 
 
 class Encoder(nn.Module):
@@ -71,22 +74,19 @@ class TwoResolutions(OneResolution, MultiResolution):
 
 
 def objectives(resolutions: int = 1, **sections: Any) -> nn.ModuleDict:
-    """All of them, unless switched off; in evaluation mode, because heads of objectives may have dropout."""
+    """All of them, unless switched off, with what an earlier step left in their buffers.
+
+    In evaluation mode, because heads of objectives may have dropout.
+    """
     everything: dict[str, Any] = {name: True for name in settings.Objectives.model_fields}
     student = OneResolution() if resolutions == 1 else TwoResolutions()
-    return build_objectives(settings.Objectives(**everything | sections), student, CLASSES).eval()
-
-
-contract = pytest.mark.parametrize(
-    ("name", "group", "resolutions"),
-    [
-        pytest.param(name, group, resolutions, id=f"{name}-{'+'.join(group)}-{resolutions}")
-        for resolutions in (1, 2)
-        for name, objective in objectives(resolutions).items()
-        for group in objective.reads
-    ],
-)
-cross_entropies = pytest.mark.parametrize("name", ["source", "mixed", "masked"])
+    built = build_objectives(settings.Objectives(**everything | SMALL | sections), student, CLASSES).eval()
+    for objective in built.values():
+        if objective.updates:
+            names = tuple(name for group in objective.reads for name in group)
+            with torch.no_grad():
+                objective.update(EARLIER, see(names, resolutions))  # type: ignore[arg-type]
+    return built
 
 
 def student_output(resolutions: int = 1, cells: int = CELL, seed: int = 1) -> Output:
@@ -120,6 +120,18 @@ def make_view(name: str, resolutions: int = 1) -> View:
 def see(group: tuple[str, ...], resolutions: int = 1, cells: int = CELL) -> list[Seen]:
     """Every view of a group with an output of its own."""
     return [Seen(student_output(resolutions, cells, i), make_view(n, resolutions)) for i, n in enumerate(group, 1)]
+
+
+class EarlierTeacher:
+    """Features of noise."""
+
+    decay = 0.99
+
+    def output(self, image: Tensor, **_: bool) -> Output:
+        return student_output(seed=9)
+
+
+EARLIER = SimpleNamespace(step=9, teacher=EarlierTeacher())
 
 
 def change(seen: list[Seen], output: Callable[[Output], Output] = lambda o: o, **fields: Any) -> list[Seen]:
@@ -164,6 +176,18 @@ def cast(output: Output, dtype: torch.dtype) -> Output:
     )
     maps = tuple(features.to(dtype) for features in output.encoder)
     return Output(output.logits.to(dtype), output.features.to(dtype), maps, output.image, detail)
+
+
+contract = pytest.mark.parametrize(
+    ("name", "group", "resolutions"),
+    [
+        pytest.param(name, group, resolutions, id=f"{name}-{'+'.join(group)}-{resolutions}")
+        for resolutions in (1, 2)
+        for name, objective in objectives(resolutions).items()
+        for group in objective.reads
+    ],
+)
+cross_entropies = pytest.mark.parametrize("name", ["source", "mixed", "masked"])
 
 
 def test_every_section_builds_an_objective_that_is_tested() -> None:
@@ -289,12 +313,17 @@ def test_state_survives_a_round_trip(name: str, group: tuple[str, ...], resoluti
 
 
 def test_what_is_saved() -> None:
-    """The heads of the contrasts, which learn; that of the pixel contrast exists with two resolutions alone."""
+    """The heads of the contrasts, which learn; that of the pixel contrast exists with two resolutions alone.
+
+    And what a memory remembers.
+    """
     one, other = objectives(2), objectives(2)
-    heads = {"pixel_contrast.weighter", "anchor_contrast.head"}
-    assert {".".join(name.split(".")[:2]) for name in one.state_dict()} == heads
-    assert {".".join(name.split(".")[:2]) for name in objectives(1).state_dict()} == {"anchor_contrast.head"}
-    for name, group in (("pixel_contrast", ("source",)), ("anchor_contrast", ("source", "mixed"))):
+    memory = {f"memory_contrast.{name}" for name in ("head", "average", "memory", "pointer", "length")}
+    state = {"anchor_contrast.head"} | memory
+    assert {".".join(name.split(".")[:2]) for name in one.state_dict()} == state | {"pixel_contrast.weighter"}
+    assert {".".join(name.split(".")[:2]) for name in objectives(1).state_dict()} == state
+    learning = {"pixel_contrast": ("source",), "anchor_contrast": ("source", "mixed"), "memory_contrast": ("mixed",)}
+    for name, group in learning.items():
         seen = see(group, 2)
         assert one[name](*seen) != other[name](*seen)
         one[name](*seen).backward()

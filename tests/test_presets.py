@@ -11,7 +11,7 @@ from cluda_cli.settings import Settings
 
 METHODS = [
     "source-only", "dacs", "daformer", "daformer-cluda", "daformer-mic", "hrda", "hrda-cluda", "mic", "mic-cluda",
-    "dlv2", "dlv2-cluda", "swin-cluda", "dinov2-cluda", "dinov2-small", "daformer-zero-style",
+    "dlv2", "dlv2-cluda", "swin-cluda", "dinov2-cluda", "dinov2-small", "daformer-zero-style", "daformer-mochi",
 ]  # fmt: skip
 OVERLAYS = ["small", "demo", "synthia", "acdc", "dark-zurich", "tail-mixing"]
 
@@ -68,6 +68,7 @@ def test_an_overlay_switches_nothing_on(method, overlay):
         ("dinov2-cluda", "masked mixed pixel_contrast"),
         ("dinov2-small", "masked mixed pixel_contrast"),
         ("daformer-zero-style", "feature_distance mixed zero_style"),
+        ("daformer-mochi", "feature_distance memory_contrast mixed"),
     ],
 )
 def test_a_method_is_what_its_name_says(name, on):

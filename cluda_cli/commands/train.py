@@ -275,6 +275,9 @@ def _warn_of_no_effect(settings: Settings) -> None:
         console.warn("mixing.uncertain_detail_from has no effect without model.multires")
     if uncertain_from is not None and settings.model.multires and uncertain_from >= training.steps:
         console.warn(f"the run ends before step {uncertain_from} (mixing.uncertain_detail_from)")
+    for name, objective in settings.objectives:
+        if objective and objective.start >= training.steps:
+            console.warn(f"the run ends before step {objective.start} (objectives.{name}.start)")
     if settings.masking != Masking() and not settings.objectives.masked:
         console.warn("the settings of masking have no effect without objectives.masked")
     head = "model.deeplab" if settings.model.deeplab else "model.pyramid" if settings.model.pyramid else ""

@@ -95,7 +95,7 @@ Overrides = Annotated[
 DataRoot = Annotated[Path | None, typer.Option("--data-root", help="Folder of the datasets.  [default: data]")]
 RunsDataRoot = Annotated[Path | None, typer.Option("--data-root", help="Folder of the datasets.  [default: the run's]")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
-Checkpoint = Annotated[Path, typer.Option("--ckpt", help="Weights of a run: best.safetensors or last.safetensors.")]
+Checkpoint = Annotated[Path, typer.Option("--ckpt", help="Weights, or a run, whose best weights are taken.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -371,7 +371,9 @@ def compare(
 @_command()
 def predict(
     images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help="Files, folders or globs.")],
-    ckpt: Annotated[Path | None, typer.Option("--ckpt", help="Weights.  [default: the newest run's best]")] = None,
+    ckpt: Annotated[
+        Path | None, typer.Option("--ckpt", help="Weights, or a run.  [default: the newest run's best]")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("predictions"),
     output: Annotated[
         list[str] | None,

@@ -118,6 +118,18 @@ def test_every_shown_command_runs(workplace):
     assert {line.split()[1] for line in done} == verbs
 
 
+@pytest.mark.slow
+def test_the_example_of_python_runs(workplace, monkeypatch):
+    """The block of python.md, with the tiny settings laid over those that it loads."""
+    (example,) = blocks("docs/how-to/python.md", "python")
+    for dataset in ("gta", "cityscapes"):
+        run(f"cluda prepare {dataset}")
+    load = presets.load
+    monkeypatch.setattr(presets, "load", lambda names, options, changes: load(names, options, [*changes, *TINY]))
+    exec(compile(example, "python.md", "exec"), {})
+    assert Path("overlay.png").is_file() and Path("labels.png").is_file()
+
+
 def test_the_readme_names_what_ci_runs():
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert "pip install .\n" in readme

@@ -28,9 +28,10 @@ def evaluate(
     device: str = "auto",
     as_json: bool = False,
     confusion: Path | None = None,
-) -> None:
-    """Print IoU by class and protocol. With `confusion`, also write the confusion matrix to that JSON file.
+) -> Scores:
+    """Print IoU by class and protocol, and return the scores.
 
+    With `confusion`, also write the confusion matrix to that JSON file.
     Dataset and data root default to those of the checkpoint's run. Classes are matched by name.
 
     Raises DataError if the dataset, its labels or the checkpoint cannot be used.
@@ -58,7 +59,7 @@ def evaluate(
         content = {"classes": scores.names, "rows": "label", "columns": "prediction", "counts": counts}
         write_json(confusion, content, indent=None)
     described = {
-        "checkpoint": str(checkpoint),
+        "checkpoint": str(trained.path),
         "dataset": index.name,
         "split": split,
         "images": scores.images,
@@ -74,6 +75,7 @@ def evaluate(
         console.result_json(described | found)
     else:
         _print(scores, f"{index.name} {split}, {scores.images} images, {trained.network_name} network")
+    return scores
 
 
 def _print(scores: Scores, title: str) -> None:

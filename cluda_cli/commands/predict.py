@@ -96,7 +96,7 @@ def predict(
             done.append({"input": str(request.image), "outputs": files})
             progress.advance()
     if as_json:
-        console.result_json({"checkpoint": str(checkpoint), "images": done, "failed": failed})
+        console.result_json({"checkpoint": str(trained.path), "images": done, "failed": failed})
     elif done:
         console.result(str(out))
     console.info(f"{len(done)} images, {', '.join(dict.fromkeys(outputs))}, in {out}")

@@ -68,6 +68,7 @@ def pseudo_label(
         raise SettingsError(f"{threshold} is not in 0..1", "--threshold", "0 keeps every pixel, 0.968 is usual")
     chosen = pick_device(device)
     trained = load_weights(checkpoint, chosen)
+    checkpoint = trained.path
     data = trained.settings.data
     index = find(dataset or data.target, data_root or data.root)
     index.split(split)

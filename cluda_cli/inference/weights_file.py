@@ -104,13 +104,14 @@ def save_weights(
 
 
 def load_weights(path: Path, device: torch.device) -> TrainedNetwork:
-    """Read a weights file and put its network on a device.
+    """Read a weights file, or the best weights of a run folder, and put its network on a device.
+
+    A run without a validation has its last weights only.
 
     Raises DataError if the file is missing, damaged, or not one that `save_weights` wrote, and if a weight is not
     finite. Files of earlier versions have no checksum.
     """
-    if not path.is_file():
-        raise DataError("no such weights file", path, "give the best.safetensors or last.safetensors of a run")
+    path = _find_weights(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
@@ -153,6 +154,16 @@ def load_weights(path: Path, device: torch.device) -> TrainedNetwork:
         network=network.to(device).eval(),
         path=path,
     )
+
+
+def _find_weights(path: Path) -> Path:
+    """The file itself; of a folder, its best weights, or else its last."""
+    files = [path / f"{name}.safetensors" for name in ("best", "last")] if path.is_dir() else [path]
+    for file in files:
+        if file.is_file():
+            return file
+    what = "no weights in this folder" if path.is_dir() else "no such weights file"
+    raise DataError(what, path, "give a run, or its best.safetensors or last.safetensors")
 
 
 def _keep_for_inference(saved: dict[str, Any]) -> dict[str, Any]:

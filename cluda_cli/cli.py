@@ -422,6 +422,14 @@ def import_weights(
     import_weights(file, settings, out=out, network=network, overwrite=overwrite, as_json=as_json)
 
 
+@_command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine has for a run: versions, GPUs, disk, shared memory, weights, hub."""
+    from cluda_cli.commands.doctor import doctor
+
+    doctor(as_json=as_json)
+
+
 @_command("presets", short_help="List the presets, or show resolved settings.")
 def show_presets(
     action: Annotated[str, typer.Argument(help="list or show")] = "list",

@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cluda_cli import settings
+from cluda_cli.data.labels import IGNORE, ClassTable
 from cluda_cli.distributed import collectives
+from cluda_cli.models.decoders import Decoder
+from cluda_cli.models.frozen import Frozen
+from cluda_cli.models.normalisation import Normalisation
 from cluda_cli.models.segmenter import Output, Segmenter
 
 
@@ -23,6 +27,49 @@ class PseudoLabels(NamedTuple):
     weight: Tensor  # float32, 0..1
     probability: Tensor  # float32, of the label; 0 where pseudo-labels do not count
     logits: Tensor | None = None  # B K h w, of which the labels were made
+    features: Tensor | None = None  # B D h w, fused ones of a frozen teacher; None: the moving average labels
+
+
+class FrozenTeacher(nn.Module):
+    """A trained network that labels target images in place of the moving average: distillation.
+
+    `classes` are its own, `known` those of the student; a pixel of any other class is ignored. It sees images `scale`
+    times as large as the student does, so that things have the size at which it learnt them. It is no state of a run.
+    """
+
+    def __init__(self, network: Segmenter, classes: ClassTable, known: ClassTable, scale: float = 1.0) -> None:
+        """It has to know all classes of the student."""
+        super().__init__()
+        self.network, self.scale = Frozen(network), scale
+        table = torch.tensor(classes.remap_to(known))
+        self.register_buffer("train_id", table, persistent=False)  # 256, by train id of the teacher
+        rows = [classes.names.index(name) for name in known.names]
+        self.register_buffer("rows", torch.tensor(rows), persistent=False)  # K, its train id of each class
+
+    @property
+    def channels(self) -> int:
+        """Channels of its fused feature."""
+        decoder: Decoder = self.network.network.decoder
+        return decoder.classifiers()[0].in_channels
+
+    def pseudo_labels(
+        self, image: Tensor, normalisation: Normalisation, confidence: float, valid: Tensor
+    ) -> PseudoLabels:
+        """As `Teacher.pseudo_labels`, of images with this normalisation, and the fused features with them."""
+        output: Output = self.network(self._fit(image, normalisation))
+        found = label_logits(output.logits, confidence, valid)
+        label = self.train_id[found.label]
+        known = label != IGNORE
+        logits = output.logits[:, self.rows]  # B K h w
+        return PseudoLabels(label, found.weight * known, found.probability * known, logits, output.features)
+
+    def _fit(self, image: Tensor, normalisation: Normalisation) -> Tensor:
+        """Images as its encoder wants them, stretched to whole cells."""
+        own, multiple = self.network.network.normalisation, self.network.network.pad_multiple
+        size = [max(round(side * self.scale / multiple), 1) * multiple for side in image.shape[2:]]
+        if own != normalisation:
+            image = own.apply(255 * normalisation.invert(image))
+        return image if size == [*image.shape[2:]] else F.interpolate(image, size, mode="bilinear")
 
 
 class Teacher(nn.Module):
@@ -33,16 +80,23 @@ class Teacher(nn.Module):
     never touches them (docs/decisions/0002-teacher-batch-norm.md).
     """
 
-    def __init__(self, student: Segmenter, teacher: settings.Teacher, class_weights: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        student: Segmenter,
+        teacher: settings.Teacher,
+        class_weights: Tensor | None = None,
+        frozen: FrozenTeacher | None = None,
+    ) -> None:
         """`class_weights` (K) are those with which the student learns and for which pseudo-labels are corrected.
 
         Cross-entropy with weights w learns probabilities in proportion to w p, so log w is taken from the logits (logit
-        adjustment, arXiv 2007.07314).
+        adjustment, arXiv 2007.07314). With `frozen`, that network labels, as it is, and the average does not.
         """
         super().__init__()
         tilt = None if class_weights is None else class_weights.log()[:, None, None]  # K 1 1
         self.register_buffer("tilt", tilt, persistent=False)
         self.network = copy.deepcopy(student).requires_grad_(False)
+        self.frozen = frozen
         self.decay, self.confidence = teacher.decay, teacher.confidence
         self._set_modes()
 
@@ -64,6 +118,8 @@ class Teacher(nn.Module):
 
         `valid` (B H W, bool or 0..1) says where pseudo-labels may have weight. Batch norms see this batch.
         """
+        if self.frozen is not None:
+            return self.frozen.pseudo_labels(image, self.network.normalisation, self.confidence, valid)
         logits = self.output(image).logits  # B K h w
         logits = logits if self.tilt is None else logits.float() - self.tilt
         return label_logits(logits, self.confidence, valid)

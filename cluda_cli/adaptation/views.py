@@ -37,10 +37,11 @@ class View:
     teacher_logits: Tensor | None = None  # B K h w, of which pseudo-labels were made; for methods that ask for it
     truth: Tensor | None = None  # B H W, bool, where the label is ground truth; None: nowhere
     seed: Tensor | None = None  # B, int64 on the CPU, for what objectives draw in each image
+    guide: Tensor | None = None  # B D h w, what a frozen network makes of the images or of their paired pictures
 
     def part(self, images: slice) -> Self:
         """The view of some of its images."""
-        maps = ("image", "label", "weight", "probability", "pseudo_label", "teacher_logits", "truth", "seed")
+        maps = ("image", "label", "weight", "probability", "pseudo_label", "teacher_logits", "truth", "seed", "guide")
         chosen = {name: None if (value := getattr(self, name)) is None else value[images] for name in maps}
         return replace(self, boxes=self.boxes and self.boxes.part(images), **chosen)
 

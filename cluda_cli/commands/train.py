@@ -117,7 +117,9 @@ def _open_stream(run: Run, sources: Sequence[Index], target: Index) -> Generator
 
 def _refuse_own_weights(settings: Settings, folder: Path) -> None:
     """Raises SettingsError for weights that lie in the folder of the new run, which would remove them."""
-    for name, value in (("model.start", settings.model.start), ("model.weights", settings.model.weights)):
+    model = settings.model
+    used = {"model.start": model.start, "model.weights": model.weights, "model.teacher": model.teacher}
+    for name, value in used.items():
         if value and Path(value).is_file() and Path(value).resolve().is_relative_to(folder.resolve()):
             raise SettingsError("lies in the folder that this run replaces", name, "copy it, or name another --run")
 
@@ -236,6 +238,8 @@ def _announce(run: Run, folder: Path, sources: Sequence[Index], target: Index) -
     console.info(run.weights.summary() if run.weights else "encoder starts from random weights")
     if run.start:
         console.info(run.start)
+    if teacher := run.teacher.frozen:
+        console.info(f"labels come from {settings.model.teacher}, which sees crops {teacher.scale:.2f} times as large")
     if settings.model.freeze:
         console.info(f"does not learn: {', '.join(settings.model.freeze)}")
     if isinstance(run.student, MultiResolution):

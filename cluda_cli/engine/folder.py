@@ -20,7 +20,7 @@ import timm
 import torch
 import torchvision
 
-from cluda_cli import __version__
+from cluda_cli import __version__, console
 from cluda_cli.data.index import Index
 from cluda_cli.distributed import collectives
 from cluda_cli.engine.run import Run
@@ -105,6 +105,9 @@ class RunFolder:
             )
         if collectives.rank():
             return
+        for path, found in run.frozen.items():
+            if saved.manifest.get("frozen", {}).get(path, found) != found:
+                console.warn(f"{path} is another file than when the run began")
         if self.metrics.is_file():  # what was written after the saved state will be written again
             lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
             write_text(self.metrics, "".join(line + "\n" for line in lines if _belongs(line, run)))
@@ -178,6 +181,7 @@ def _manifest(run: Run, sources: Sequence[Index], target: Index) -> dict[str, An
         "platform": platform.platform(),
         "weights": weights,
         "start": run.start,
+        "frozen": run.frozen,
         "sources": [_identify(source) for source in sources],
         "target": _identify(target),
         "classes": list(run.classes.names),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cluda_cli.adaptation.class_balance import class_weights
-from cluda_cli.adaptation.teacher import Teacher
+from cluda_cli.adaptation.teacher import FrozenTeacher, Teacher
 from cluda_cli.data.index import Index, class_frequencies, joint_classes, seen_classes
 from cluda_cli.distributed import collectives
 from cluda_cli.engine.optim import build_optimizer
@@ -19,8 +19,9 @@ from cluda_cli.engine.sharding import (
     scatter_optimizer_state,
     shard,
 )
-from cluda_cli.engine.start import start_from
+from cluda_cli.engine.start import read_teacher, start_from
 from cluda_cli.errors import SettingsError, first_line
+from cluda_cli.files import sha256
 from cluda_cli.models.boxes import Boxes
 from cluda_cli.models.encoders import LoadReport, load_pretrained
 from cluda_cli.models.multires import build_segmenter
@@ -52,6 +53,8 @@ class Run:
         weights = balance and class_weights(frequencies, balance.exponent)
         self.start: str | None = None
         """One line for the user that says what `model.start` did; None without it."""
+        self.frozen: dict[str, str] = {}
+        """File -> SHA-256, hexadecimal, of the trained networks that the run reads and does not change."""
         with torch.random.fork_rng(devices=[]):  # layers initialise themselves from the global generator
             torch.manual_seed(derive_seed(settings.training.seed, "initialise"))
             self.student = build_segmenter(settings.model, settings.data.crop, len(self.classes))
@@ -59,7 +62,8 @@ class Run:
             if device.type == "cuda" and settings.training.precision == "bfloat16" and not settings.training.shard:
                 # Tensor cores read channels last; the teacher and the frozen copy inherit it. FSDP2 refuses it.
                 self.student.encoder.to(memory_format=torch.channels_last)
-            self.objectives = build_objectives(settings.objectives, self.student, self.classes, weights)
+            frozen = self._read_teacher()
+            self.objectives = build_objectives(settings.objectives, self.student, self.classes, weights, frozen)
         self.makers = build_makers(settings, self.objectives, frequencies)
         if settings.model.start and not resumed:
             self.start = start_from(Path(settings.model.start), self.student, self.classes)
@@ -73,7 +77,8 @@ class Run:
             torch.compile(self.student) if compiled else self.student
         )
         corrected = balance and balance.correct_pseudo_labels
-        self.teacher = Teacher(self.student, settings.teacher, weights.to(device) if corrected else None)
+        tilt = weights.to(device) if corrected else None
+        self.teacher = Teacher(self.student, settings.teacher, tilt, frozen and frozen.to(device))
         sharded = settings.training.shard and collectives.world_size() > 1
         if sharded:
             shard((self.student, self.teacher.network), self.objectives, device)
@@ -82,6 +87,15 @@ class Run:
         self.step = 0
         self.validated = 0
         self.best: dict[str, float] | None = None
+
+    def _read_teacher(self) -> FrozenTeacher | None:
+        """The frozen teacher of distillation, if there is one."""
+        path = self.settings.model.teacher
+        if not path:
+            return None
+        teacher = read_teacher(Path(path), self.settings.data.target_box, self.classes)
+        self.frozen[path] = sha256(Path(path))
+        return teacher
 
     def _try_crop(self) -> None:
         """Raises SettingsError now if the network cannot train on the crop, rather than in the first step."""
@@ -105,14 +119,15 @@ class Run:
 
     @property
     def networks(self) -> dict[str, Segmenter]:
-        """The networks that a validation scores, by name: the student, and the teacher if it labels.
+        """The networks that a validation scores, by name: the student, and the moving average if it labels.
 
-        Nothing moves the batch-norm statistics of a teacher that labels nothing.
+        Nothing moves the batch-norm statistics of an average that labels nothing.
         """
         steps = self.settings.training.steps
         active = [o for o in self.objectives.values() if o.settings.weight > 0 and o.settings.start < steps]
         views = {view for objective in active for group in objective.reads for view in group}
-        return {"student": self.student} | ({"teacher": self.teacher.network} if views - {"source"} else {})
+        labels = views - {"source"} and self.teacher.frozen is None
+        return {"student": self.student} | ({"teacher": self.teacher.network} if labels else {})
 
     @property
     def evaluated_name(self) -> str:

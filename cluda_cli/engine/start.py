@@ -1,9 +1,11 @@
-"""Start a run from the weights of another one (`model.start`)."""
+"""Start a run from the weights of another one (`model.start`), or learn from it (`model.teacher`)."""
 
+import math
 from pathlib import Path
 
 import torch
 
+from cluda_cli.adaptation.teacher import FrozenTeacher
 from cluda_cli.data.labels import ClassTable
 from cluda_cli.errors import SettingsError
 from cluda_cli.inference.weights_file import load_weights
@@ -38,6 +40,20 @@ def start_from(path: Path, network: Segmenter, classes: ClassTable) -> str:
     network.encoder.normalisation = deployed.network.normalisation
     new = [name for name in classes.names if name not in deployed.classes.names]
     return f"starts from {path}" + (f"; new classes: {', '.join(new)}" if new else "")
+
+
+def read_teacher(path: Path, box: tuple[int, int] | None, classes: ClassTable) -> FrozenTeacher:
+    """The network of a weights file as the frozen teacher of a run with these classes, whose target fits `box`.
+
+    Raises DataError for a file that cannot be read, SettingsError if its network lacks a class of the run.
+    """
+    deployed = load_weights(path, torch.device("cpu"))
+    if missing := [name for name in classes.names if name not in deployed.classes.names]:
+        what = f"the network of {path} does not know {', '.join(missing)}"
+        raise SettingsError(what, "model.teacher", "take a teacher that was trained with the classes of this run")
+    own = deployed.settings.data.target_box
+    scale = math.sqrt(math.prod(own) / math.prod(box)) if own and box else 1.0
+    return FrozenTeacher(deployed.network, deployed.classes, classes, scale)
 
 
 def _remedy(path: Path) -> str:

@@ -65,8 +65,8 @@ def imitate_pseudo_labels(run: Run) -> None:
     def pseudo_labels(image: Tensor, valid: Tensor) -> PseudoLabels:
         weight = CONFIDENT_SHARE * valid.float()
         label = labels[torch.arange(len(image), device=run.device) % len(labels)]
-        logits = honest(image, valid).logits  # asked for its cost
-        return PseudoLabels(label, weight, valid.float(), logits)
+        made = honest(image, valid)  # asked for its cost
+        return PseudoLabels(label, weight, valid.float(), made.logits, made.features)
 
     run.teacher.pseudo_labels = pseudo_labels
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from cluda_cli import settings
 from cluda_cli.adaptation.mixing import tail_law
+from cluda_cli.adaptation.teacher import FrozenTeacher
 from cluda_cli.adaptation.views import MakeMasked, MakeMixed, Maker, MakeSource, make_target
 from cluda_cli.data.labels import ClassTable
 from cluda_cli.errors import SettingsError
@@ -18,16 +19,22 @@ from cluda_cli.objectives.feature_distance import FeatureDistance
 from cluda_cli.objectives.memory_contrast import MemoryContrast
 from cluda_cli.objectives.objective import Objective
 from cluda_cli.objectives.pixel_contrast import PixelContrast
+from cluda_cli.objectives.relation_distillation import RelationDistillation
 from cluda_cli.objectives.zero_style import ZeroStyle
 
 
 def build_objectives(
-    s: settings.Objectives, student: Segmenter, classes: ClassTable, class_weights: Tensor | None = None
+    s: settings.Objectives,
+    student: Segmenter,
+    classes: ClassTable,
+    class_weights: Tensor | None = None,
+    teacher: FrozenTeacher | None = None,
 ) -> nn.ModuleDict:
     """The objectives that the settings switch on, by the name of their section.
 
     The encoder of `student` must hold its pretrained weights; `classes` are those of the sources. `class_weights` (K)
-    are those of ground truth in cross-entropy. Raises SettingsError for classes that do not exist.
+    are those of ground truth in cross-entropy, `teacher` is that of distillation. Raises SettingsError for classes that
+    do not exist, and for distillation without a teacher.
     """
     chosen: dict[str, Objective] = {}
     if s.source:
@@ -51,7 +58,20 @@ def build_objectives(
     if s.memory_contrast:
         fused = student.decoder.classifiers()[0].in_channels
         chosen["memory_contrast"] = MemoryContrast(s.memory_contrast, len(classes), fused)
+    if s.distilled:
+        _require(teacher, "distilled")
+        chosen["distilled"] = CrossEntropy(s.distilled, "target")
+    if s.relation_distillation:
+        channels = _require(teacher, "relation_distillation").channels
+        chosen["relation_distillation"] = RelationDistillation(s.relation_distillation, channels)
     return nn.ModuleDict(chosen)
+
+
+def _require(teacher: FrozenTeacher | None, name: str) -> FrozenTeacher:
+    if teacher is None:
+        remedy = "set model.teacher=runs/NAME/best.safetensors, the weights of a trained run"
+        raise SettingsError("has no teacher to learn from", f"objectives.{name}", remedy)
+    return teacher
 
 
 def build_makers(

@@ -76,5 +76,8 @@ class Model(Section):
     """Context and detail resolution; false sees the crop at one resolution."""
     start: Unset[str] = None
     """Weights of a run from which student and teacher start, matched by class name; unset: the encoder's weights."""
+    teacher: Unset[str] = None
+    """Weights of a run whose network, frozen, labels the target images in place of the moving average: distillation.
+    Classes are matched by name; unset: the moving average labels."""
     freeze: tuple[Literal["encoder", "decoder", "head"], ...] = ()
     """Parts that do not learn: the encoder, what the decoder fuses, the classifiers that read it."""

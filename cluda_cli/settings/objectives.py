@@ -1,5 +1,7 @@
 """The terms of the loss, one table for each objective."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from cluda_cli.settings.section import Optional, Section, Unset
@@ -112,6 +114,26 @@ class MemoryContrast(Objective):
     """Mixtures of a negative with the anchor itself, for each anchor."""
 
 
+class RelationDistillation(Objective):
+    """Relations between pixels of target images as `model.teacher` sees them (after ReKD, arXiv 2112.04174)."""
+
+    relations: Literal["soft", "neighbours", "prototypes"] = "soft"
+    """What is learnt: how similar a pixel is to every other one (soft), which ones are nearest to it (neighbours), or
+    which ones are nearest to the same prototype (prototypes)."""
+    samples: int = Field(1024, ge=4)
+    """Pixels of a batch that are compared, in equal parts of all images."""
+    student_temperature: float = Field(0.1, ge=0.02)
+    """Divisor of the student's cosine similarities."""
+    teacher_temperature: float = Field(0.1, ge=0.02)
+    """Divisor of the teacher's cosine similarities, in soft relations."""
+    neighbours: int = Field(5, ge=1)
+    """Pixels that count as the nearest."""
+    prototypes: int = Field(1024, ge=1)
+    """Prototypes, which are moving averages of the teacher's features."""
+    prototype_momentum: float = Field(0.99, ge=0, lt=1)
+    """Share of a prototype that a step keeps."""
+
+
 class Objectives(Section):
     """The terms of the loss."""
 
@@ -131,3 +153,7 @@ class Objectives(Section):
     """Both domains without the moments of their channels; false switches it off."""
     memory_contrast: Optional[MemoryContrast] = None
     """Contrast of mixed images with a memory of every class (MoCHi); false switches it off."""
+    distilled: Optional[CrossEntropy] = None
+    """Cross-entropy on target images with the labels of `model.teacher`; false switches it off."""
+    relation_distillation: Optional[RelationDistillation] = None
+    """Relations between pixels of target images as `model.teacher` sees them; false switches it off."""

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from cluda_cli import settings
-from cluda_cli.adaptation.teacher import Teacher, ema_decay, label_logits
+from cluda_cli.adaptation.teacher import FrozenTeacher, Teacher, ema_decay, label_logits
+from cluda_cli.data.labels import CITYSCAPES, ClassTable, LabelClass
+from cluda_cli.models.normalisation import IMAGENET, Normalisation
 from cluda_cli.models.segmenter import Output, Segmenter
 
 
@@ -90,7 +92,7 @@ def test_teacher_starts_as_an_independent_copy_without_gradient(student: Any) ->
 
 def test_pseudo_labels_give_no_gradient(student: Any, image: Tensor) -> None:
     teacher = Teacher(student, settings.Teacher(confidence=0.3))
-    _, weight, *_ = teacher.pseudo_labels(image.requires_grad_(), VALID)
+    weight = teacher.pseudo_labels(image.requires_grad_(), VALID).weight
     assert not weight.requires_grad
     (student(image).logits.square().mean() * weight.mean()).backward()
     assert all(p.grad is None for p in teacher.parameters())
@@ -277,3 +279,64 @@ def test_average_as_the_reference(golden: Any, cap: float) -> None:
         with torch.no_grad():
             for i, parameter in enumerate(parameters):
                 parameter.mul_(0.99).add_(0.01 * (i + 1) * (iteration % 5 - 2))
+
+
+class Colors(nn.Module):
+    """Logits and features are what it sees, at half size."""
+
+    pad_multiple = 4
+
+    def __init__(self, normalisation: Normalisation = IMAGENET) -> None:
+        super().__init__()
+        self.decoder = nn.Conv2d(3, 3, 1)
+        self.normalisation, self.seen = normalisation, Tensor()
+
+    def forward(self, image: Tensor) -> Output:
+        self.seen = image
+        half = image[:, :, ::2, ::2]
+        return Output(half, half, (), image)
+
+
+def freeze(network: nn.Module, scale: float = 1.0) -> FrozenTeacher:
+    """It knows car, sky and a tram; the student's train ids of them are 1, 0 and none."""
+    tram = LabelClass("tram", (0, 0, 0), 0)
+    sky, car = CITYSCAPES[10], CITYSCAPES[13]
+    return FrozenTeacher(network, ClassTable((car, sky, tram)), ClassTable((sky, car)), scale)  # type: ignore[arg-type]
+
+
+def test_a_frozen_teacher_labels_by_name_and_leaves_out_what_only_it_knows(student: Any) -> None:
+    student.normalisation = IMAGENET
+    image = torch.zeros(1, 3, 4, 4)
+    image[:, 0, :2, :2] = image[:, 1, :2, 2:] = image[:, 2, 2:] = 9
+    teacher = Teacher(student, settings.Teacher(confidence=0.9), frozen=freeze(Colors()))
+    valid = torch.ones(1, 4, 4, dtype=torch.bool)
+    valid[:, 0] = False
+    found = teacher.pseudo_labels(image, valid)
+    assert found.label[0, 0].tolist() == [1, 1, 0, 0] and (found.label[0, 3] == 255).all()
+    for weight in (found.weight, found.probability):
+        assert (weight[0, 1] > 0).all() and not weight[0, 0].any() and not weight[0, 3].any()
+    assert torch.equal(found.features, image[:, :, ::2, ::2])
+    assert torch.equal(found.logits, image[:, [1, 0], ::2, ::2])
+
+
+def test_a_frozen_teacher_sees_images_as_it_learnt_them(student: Any, image: Tensor) -> None:
+    """Twice as large, rounded to its cells, and normalised its own way."""
+    student.normalisation = IMAGENET
+    own = Normalisation((127.5,) * 3, (51.0,) * 3)
+    network = Colors(own)
+    teacher = Teacher(student, settings.Teacher(), frozen=freeze(network, scale=1.6))
+    teacher.pseudo_labels(image, VALID)
+    assert network.seen.shape == (2, 3, 12, 20)
+    pixels = 255 * IMAGENET.invert(image)
+    expected = nn.functional.interpolate((pixels - 127.5) / 51, (12, 20), mode="bilinear")
+    torch.testing.assert_close(network.seen, expected)
+
+
+def test_a_frozen_teacher_is_no_state_and_lets_the_average_alone(student: Any, image: Tensor) -> None:
+    student.normalisation = IMAGENET
+    teacher, plain = Teacher(student, settings.Teacher(), frozen=freeze(Colors())), Teacher(student, settings.Teacher())
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    teacher.pseudo_labels(image, VALID)
+    assert before.keys() == plain.state_dict().keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+    assert len(list(teacher.parameters())) == len(list(plain.parameters()))

@@ -17,11 +17,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cluda_cli import presets
 from cluda_cli.commands.train import train
+from cluda_cli.data.index import find
 from cluda_cli.distributed import collectives
 from cluda_cli.distributed.place import Place
 from cluda_cli.errors import DataError, SettingsError
+from cluda_cli.inference.weights_file import NetworkDescription, save_weights
 from cluda_cli.models.encoders import build_encoder
 from cluda_cli.models.mit import VARIANTS
+from cluda_cli.models.multires import build_segmenter
 from cluda_cli.models.segmenter import Segmenter
 
 WORKER = Path(__file__).parent / "two_processes.py"
@@ -76,6 +79,26 @@ VIEWS = {
 }  # fmt: skip
 
 
+DISTILLATION = {
+    "objectives": {
+        "mixed": False,
+        "distilled": {},
+        "relation_distillation": {"relations": "prototypes", "samples": 24, "prototypes": 6},
+    },
+}
+
+
+def with_teacher(settings, path):
+    """The settings with a frozen teacher of random weights."""
+    classes = find("clean", settings.data.root).classes
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        network = build_segmenter(settings.model, settings.data.crop, len(classes))
+    described = NetworkDescription(settings=settings, classes=classes, seen=(), network_name="student", step=0)
+    save_weights(path, network.state_dict(), described)
+    return changed(settings, {"model": {"teacher": str(path)}})
+
+
 def with_biases(settings, path):
     """The settings with encoder weights whose biases are not 0: layer norms of what is 0 would magnify rounding."""
     with torch.random.fork_rng():
@@ -94,7 +117,8 @@ def test_two_processes_compute_what_one_does(tiny_settings, tmp_path, monkeypatc
     worker = runpy.run_path(str(WORKER))
     monkeypatch.setitem(VARIANTS, "mit_b0", worker["NARROW"])
     cluda = with_biases(changed(tiny_settings, CLUDA), tmp_path / "biased.safetensors")
-    cases = {"cluda": cluda, "mic": changed(cluda, MIC), "views": changed(cluda, VIEWS)}
+    distilled = with_teacher(changed(cluda, DISTILLATION), tmp_path / "teacher.safetensors")
+    cases = {"cluda": cluda, "mic": changed(cluda, MIC), "views": changed(cluda, VIEWS), "distilled": distilled}
     for name, settings in cases.items():
         (tmp_path / f"{name}.json").write_text(settings.model_dump_json())
         sharded = changed(settings, {"training": {"shard": True}})

@@ -1,5 +1,7 @@
 """A run that starts from another run's weights, and parts that do not learn."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,10 +10,10 @@ from cluda_cli.data.index import find
 from cluda_cli.data.labels import CITYSCAPES, ClassTable, LabelClass
 from cluda_cli.data.streams import batches
 from cluda_cli.engine.run import Run
-from cluda_cli.engine.start import start_from
+from cluda_cli.engine.start import read_teacher, start_from
 from cluda_cli.engine.state_file import load_state, save_state
 from cluda_cli.engine.step import training_step
-from cluda_cli.errors import SettingsError
+from cluda_cli.errors import DataError, SettingsError
 from cluda_cli.inference.weights_file import NetworkDescription, save_weights
 from cluda_cli.models.multires import build_segmenter
 from cluda_cli.models.normalisation import Normalisation
@@ -118,3 +120,76 @@ def test_frozen_parts_do_not_learn_and_the_others_do(tiny_settings, parts):
 def test_something_has_to_learn(tiny_settings):
     with pytest.raises(SettingsError, match=r"model\.freeze leaves nothing"):
         changed(tiny_settings, {"model": {"freeze": ["encoder", "decoder", "head"]}})
+
+
+DISTILLATION = {
+    "teacher": {"confidence": 0.0},
+    "objectives": {
+        "source": False, "mixed": False, "feature_distance": False, "pixel_contrast": False, "distilled": {},
+        "relation_distillation": {"relations": "prototypes", "samples": 40, "prototypes": 30},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def distilled(tiny_settings, tmp_path):
+    """Settings of distillation from a network with other channels, and the classes of the run in another order."""
+    torch.manual_seed(6)
+    own = changed(tiny_settings, {"model": {"decoder": {"channels": 12}}, "data": {"target_box": [96, 160]}})
+    names = ("sky", "car", "tram", "person", "building", "road")
+    path = tmp_path / "big.safetensors"
+    described = NetworkDescription(settings=own, classes=table(*names), seen=names, network_name="student", step=9)
+    network = build_segmenter(own.model, own.data.crop, len(names))
+    save_weights(path, network.state_dict(), described, normalisation=HALF)
+    return changed(tiny_settings, presets.merge(DISTILLATION, {"model": {"teacher": str(path)}}))
+
+
+def test_distillation_asks_its_teacher_once_a_step_and_learns(distilled, monkeypatch):
+    run = start(distilled)
+    (path,) = run.frozen
+    assert run.teacher.frozen.channels == 12 and len(run.frozen[path]) == 64
+    assert list(run.networks) == ["student"] and run.evaluated is run.student
+    network, asked = run.teacher.frozen.network.network, []
+    network.register_forward_hook(lambda *_: asked.append(0))
+    before = {name: tensor.clone() for name, tensor in run.student.named_parameters()}
+    source, target = (find(name, distilled.data.root) for name in ("clean", "noisy"))
+    for count, batch in enumerate(batches([source], target, distilled.data, 0, 0, 2), start=1):
+        terms = training_step(run, batch).terms
+        assert list(terms) == ["target/distilled", "target/relation_distillation"]
+        assert len(asked) == count
+    assert all(value > 0 for value in terms.values())
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in run.student.named_parameters())
+
+
+def test_distillation_resumes_to_the_last_bit(distilled, tmp_path):
+    source, target = (find(name, distilled.data.root) for name in ("clean", "noisy"))
+    first, second = batches([source], target, distilled.data, 0, 0, 2)
+    whole = start(distilled)
+    training_step(whole, first)
+    save_state(tmp_path / "state.pt", whole.state_dict())
+    assert list(whole.state_dict()["objectives"]) == ["relation_distillation.bank"]
+    resumed = Run(distilled, [source], CPU, resumed=True)
+    resumed.load_state_dict(load_state(tmp_path / "state.pt"))
+    assert training_step(resumed, second).terms == training_step(whole, second).terms
+    for part in ("student", "objectives"):
+        expected = whole.state_dict()[part]
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.state_dict()[part].items())
+
+
+def test_a_teacher_sees_images_at_its_own_scale(distilled):
+    path, classes = Path(distilled.model.teacher), table("sky", "car")
+    assert read_teacher(path, (48, 80), classes).scale == 2
+    assert read_teacher(path, None, classes).scale == 1
+
+
+def test_a_teacher_that_lacks_a_class_or_is_none_is_refused(distilled, weights):
+    other = changed(distilled, {"model": {"teacher": str(weights[0])}})
+    with pytest.raises(SettingsError, match=r"model\.teacher: the network of .* does not know road, building, person"):
+        start(other)
+    without = changed(distilled, {"model": {"teacher": False}})
+    with pytest.raises(SettingsError, match=r"objectives\.distilled: has no teacher .* -> set model\.teacher="):
+        start(without)
+    with pytest.raises(SettingsError, match=r"objectives\.relation_distillation: has no teacher"):
+        start(changed(without, {"objectives": {"distilled": False}}))
+    with pytest.raises(DataError, match="no such weights file"):
+        start(changed(distilled, {"model": {"teacher": "absent.safetensors"}}))

@@ -13,8 +13,9 @@ from cluda_cli.engine.pictures import write_pictures
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.step import training_step
 from cluda_cli.errors import RunError
+from cluda_cli.inference.weights_file import NetworkDescription, save_weights
 from cluda_cli.models.encoders import build_encoder
-from cluda_cli.models.multires import MultiResolution
+from cluda_cli.models.multires import MultiResolution, build_segmenter
 
 CPU = torch.device("cpu")
 
@@ -188,6 +189,15 @@ OVERLAYS = {"small", "demo", "synthia", "acdc", "dark-zurich", "tail-mixing"}
 METHODS = [name for name in presets.names() if name not in OVERLAYS]
 
 
+def save_network(settings, folder):
+    """Weights of an untrained network of the settings with the classes of their source."""
+    classes = find("clean", settings.data.root).classes
+    network = build_segmenter(settings.model, settings.data.crop, len(classes))
+    described = NetworkDescription(settings=settings, classes=classes, seen=(), network_name="student", step=0)
+    save_weights(folder / "network.safetensors", network.state_dict(), described)
+    return folder / "network.safetensors"
+
+
 @pytest.mark.parametrize("overlay", [[], ["small"], ["demo"]], ids=["alone", "small", "demo"])
 @pytest.mark.parametrize("name", METHODS)
 def test_every_preset_takes_a_step(name, overlay, tiny_settings, tmp_path):
@@ -200,13 +210,17 @@ def test_every_preset_takes_a_step(name, overlay, tiny_settings, tmp_path):
     settings = presets.validate(presets.merge(preset.model_dump(mode="json"), {"data": data, "model": model}))
     if settings.model.weights:
         save_file(build_encoder(settings.model).state_dict(), weights)
+    if preset.objectives.distilled:
+        settings = changed(settings, {"model": {"teacher": str(save_network(tiny_settings, tmp_path))}})
     run, stream = start(settings)
-    weights.unlink(missing_ok=True)  # pytest keeps the files of three sessions
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()  # pytest keeps the files of three sessions
     before = flat(run.student)
     result = training_step(run, next(iter(stream)))
     assert set(run.objectives) == {n for n, o in preset.objectives if o}
     own = {name for objective in run.objectives.values() for name in objective.makers()}
-    assert {view.name for view in result.views} == {"source"} | (set(run.objectives) & {"mixed", "masked"}) | own
+    seen = {"target" if name == "distilled" else name for name in run.objectives}
+    assert {view.name for view in result.views} == seen & {"source", "mixed", "masked", "target"} | own
     assert isinstance(run.student, MultiResolution) == bool(preset.model.multires)
     assert all(torch.isfinite(value) for value in result.terms.values())
     assert not torch.equal(before, flat(run.student))

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cluda_cli import settings
+from cluda_cli.adaptation.teacher import FrozenTeacher
 from cluda_cli.adaptation.views import Seen, View, make_target
 from cluda_cli.data.labels import CITYSCAPES, ClassTable
 from cluda_cli.errors import SettingsError
@@ -43,6 +44,8 @@ READS_OUTPUT = {
     "anchor_contrast": ({"features"}, {"features"}),
     "zero_style": ({"logits"}, {"logits", "detail logits"}),
     "memory_contrast": ({"features"}, {"features"}),
+    "distilled": ({"logits"}, {"logits", "detail logits"}),
+    "relation_distillation": ({"features"}, {"features"}),
 }
 SMALL: dict[str, Any] = {"memory_contrast": {"memory": 32, "projection_channels": 8}}
 
@@ -65,6 +68,7 @@ class OneResolution(Segmenter):
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
+        self.frozen, self.freeze_batch_norm = frozenset[str](), False
         self.encoder = Encoder()
         self.decoder = DAFormerDecoder(settings.Decoder(embed_dim=4, channels=6), Encoder.channels, len(CLASSES))
 
@@ -80,7 +84,9 @@ def objectives(resolutions: int = 1, **sections: Any) -> nn.ModuleDict:
     """
     everything: dict[str, Any] = {name: True for name in settings.Objectives.model_fields}
     student = OneResolution() if resolutions == 1 else TwoResolutions()
-    built = build_objectives(settings.Objectives(**everything | SMALL | sections), student, CLASSES).eval()
+    teacher = FrozenTeacher(OneResolution(), CLASSES, CLASSES)
+    chosen = settings.Objectives(**everything | SMALL | sections)
+    built = build_objectives(chosen, student, CLASSES, teacher=teacher).eval()
     for objective in built.values():
         if objective.updates:
             names = tuple(name for group in objective.reads for name in group)
@@ -112,9 +118,10 @@ def make_view(name: str, resolutions: int = 1) -> View:
     label[1, side // 2 :] = 13
     label[:, : side // 2, : side // 2] = 255
     weight, probability = (torch.full((2, side, side), 1.0 if name == "source" else value) for value in (0.5, 0.97))
-    image = torch.randn(2, 3, side, side, generator=generator)
-    teacher = torch.randn(2, 19, side, side, generator=generator)
-    return View(name, image, label, weight, probability, teacher_logits=teacher, seed=torch.tensor([3, 4]))
+    shapes = ((3, side, side), (19, side, side), (6, CELL, CELL))
+    image, logits, guide = (torch.randn(2, *shape, generator=generator) for shape in shapes)
+    seed = torch.tensor([3, 4])
+    return View(name, image, label, weight, probability, teacher_logits=logits, seed=seed, guide=guide)
 
 
 def see(group: tuple[str, ...], resolutions: int = 1, cells: int = CELL) -> list[Seen]:
@@ -187,7 +194,7 @@ contract = pytest.mark.parametrize(
         for group in objective.reads
     ],
 )
-cross_entropies = pytest.mark.parametrize("name", ["source", "mixed", "masked"])
+cross_entropies = pytest.mark.parametrize("name", ["source", "mixed", "masked", "distilled"])
 
 
 def test_every_section_builds_an_objective_that_is_tested() -> None:
@@ -260,7 +267,8 @@ def test_labelled_pixels_of_the_detail_matter(name: str, group: tuple[str, ...],
 @cross_entropies
 def test_weightless_pixels_do_not_matter(name: str, resolutions: int) -> None:
     objective = objectives(resolutions)[name]
-    (seen,), (changed,) = see((name,), resolutions), see((name,), resolutions)
+    (view,) = objective.reads[0]
+    (seen,), (changed,) = see((view,), resolutions), see((view,), resolutions)
     seen.view.weight[:, 50:] = 0
     with torch.no_grad():
         changed.output.logits[:, 3, 50:] += 7
@@ -272,7 +280,7 @@ def test_weightless_pixels_do_not_matter(name: str, resolutions: int) -> None:
 @contract
 def test_order_of_images_does_not_matter(name: str, group: tuple[str, ...], resolutions: int) -> None:
     objective, seen = objectives(resolutions)[name], see(group, resolutions)
-    maps = ("image", "label", "weight", "probability", "teacher_logits", "seed")
+    maps = ("image", "label", "weight", "probability", "teacher_logits", "seed", "guide")
     turned = [
         Seen(flipped(output), replace(view, **{name: getattr(view, name).flip(0) for name in maps}))
         for output, view in seen

@@ -184,7 +184,7 @@ def test_weight_is_one_share_of_the_whole_batch_and_zero_where_invalid() -> None
     logits[0, 1, 0] = 20  # both pixels of one row of one image are sure of class 1
     valid = torch.ones(2, 2, 2, dtype=torch.bool)
     valid[0, 0, 0] = valid[1, 1, 1] = False
-    label, weight, probability, _ = label_logits(logits, 0.968, valid)
+    label, weight, probability, *_ = label_logits(logits, 0.968, valid)
     assert label.dtype == torch.int64 and weight.dtype == torch.float32
     assert label.tolist() == [[[1, 1], [0, 0]], [[0, 0], [0, 0]]]
     assert torch.equal(weight, 0.25 * valid)
@@ -206,7 +206,7 @@ def test_pseudo_labels_are_corrected_for_class_weights_and_the_network_is_not() 
     plain = Teacher(Fixed(), settings.Teacher(confidence=0.75))
     corrected = Teacher(Fixed(), settings.Teacher(confidence=0.75), weights)
     assert plain.pseudo_labels(torch.zeros(1, 3, 1, 2), valid).label.tolist() == [[[1, 1]]]
-    label, weight, found, _ = corrected.pseudo_labels(torch.zeros(1, 3, 1, 2), valid)
+    label, weight, found, *_ = corrected.pseudo_labels(torch.zeros(1, 3, 1, 2), valid)
     assert label.tolist() == [[[0, 1]]] and weight.tolist() == [[[0.5, 0.5]]]
     torch.testing.assert_close(found, torch.tensor([[[0.7, 0.8]]]))
     assert torch.equal(corrected.output(torch.zeros(1, 3, 1, 2)).logits, tilted)

@@ -211,7 +211,7 @@ def test_micro_batches_move_prototypes_like_the_batch() -> None:
 
 def test_target_images_come_with_what_the_teacher_made_of_them() -> None:
     features = torch.ones(2, 5, 6, 6)
-    scene = SimpleNamespace(pseudo_labels=PseudoLabels(*torch.ones(3, 2, 4, 4), features))
+    scene = SimpleNamespace(pseudo_labels=PseudoLabels(*torch.ones(3, 2, 4, 4), features=features))
     view, objective = replace(see().view, guide=None), build()
     assert objective.edit(view, scene).guide is features  # type: ignore[arg-type]
     assert objective.edit(replace(view, name="mixed"), scene).guide is None  # type: ignore[arg-type]

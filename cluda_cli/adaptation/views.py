@@ -113,6 +113,14 @@ class Scene:
         with span("teacher"):
             return self.teacher.pseudo_labels(self._normalise(crops), crops.valid)
 
+    @cached_property
+    def unlabelled(self) -> Domain:
+        """The target for methods without labels, so that no teacher is asked: label 0 on images, 255 on padding."""
+        crops = self.batch["target"]
+        label = torch.where(crops.inside, 0, IGNORE)
+        certain = torch.ones_like(label, dtype=torch.float32)
+        return Domain(self._normalise(crops), label, certain, certain, torch.zeros_like(crops.inside))
+
     def ground_truth(self, name: str) -> Domain:
         """Labelled crops of the batch, by their name."""
         crops = self.batch[name]
@@ -137,6 +145,9 @@ class Scene:
         boxes = boxes and boxes.to(shown.image.device)
         return View(name, shown.image, shown.label, shown.weight, shown.probability, boxes, truth=shown.truth)
 
+
+WITHOUT_TEACHER = frozenset({"source", "styleless source", "first jittered", "second jittered"})
+"""Names of the views that no pseudo-label goes into."""
 
 Maker = Callable[[Scene], View]
 """Makes one view of a scene. The same seed and step give the same view, whichever other views are made."""

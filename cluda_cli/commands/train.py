@@ -284,6 +284,8 @@ def _warn_of_no_effect(settings: Settings) -> None:
             console.warn(f"the run ends before step {objective.start} (objectives.{name}.start)")
     if settings.masking != Masking() and not settings.objectives.masked:
         console.warn("the settings of masking have no effect without objectives.masked")
+    if settings.mixing.tail and not settings.objectives.mixed:
+        console.warn("mixing.tail has no effect without objectives.mixed")
     head = "model.deeplab" if settings.model.deeplab else "model.pyramid" if settings.model.pyramid else ""
     if head and settings.model.decoder != Decoder():
         console.warn(f"the settings of model.decoder have no effect with {head}")

@@ -9,6 +9,7 @@ import torch
 
 from cluda_cli.adaptation.class_balance import class_weights
 from cluda_cli.adaptation.teacher import FrozenTeacher, Teacher
+from cluda_cli.adaptation.views import WITHOUT_TEACHER
 from cluda_cli.data.index import Index, class_frequencies, joint_classes, seen_classes
 from cluda_cli.distributed import collectives
 from cluda_cli.engine.optim import build_optimizer
@@ -126,7 +127,7 @@ class Run:
         steps = self.settings.training.steps
         active = [o for o in self.objectives.values() if o.settings.weight > 0 and o.settings.start < steps]
         views = {view for objective in active for group in objective.reads for view in group}
-        labels = views - {"source"} and self.teacher.frozen is None
+        labels = views - WITHOUT_TEACHER and self.teacher.frozen is None
         return {"student": self.student} | ({"teacher": self.teacher.network} if labels else {})
 
     @property

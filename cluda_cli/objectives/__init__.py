@@ -16,6 +16,8 @@ from cluda_cli.models.segmenter import Segmenter
 from cluda_cli.objectives.anchor_contrast import AnchorContrast
 from cluda_cli.objectives.cross_entropy import CrossEntropy
 from cluda_cli.objectives.feature_distance import FeatureDistance
+from cluda_cli.objectives.global_contrast import GlobalContrast
+from cluda_cli.objectives.local_contrast import LocalContrast
 from cluda_cli.objectives.memory_contrast import MemoryContrast
 from cluda_cli.objectives.objective import Objective
 from cluda_cli.objectives.pixel_contrast import PixelContrast
@@ -64,6 +66,10 @@ def build_objectives(
     if s.relation_distillation:
         channels = _require(teacher, "relation_distillation").channels
         chosen["relation_distillation"] = RelationDistillation(s.relation_distillation, channels)
+    if s.global_contrast:
+        chosen["global_contrast"] = GlobalContrast(s.global_contrast, student.encoder.channels[-1])
+    if s.local_contrast:
+        chosen["local_contrast"] = LocalContrast(s.local_contrast, student.decoder.classifiers()[0].in_channels)
     return nn.ModuleDict(chosen)
 
 
@@ -80,7 +86,8 @@ def build_makers(
     """How each view is made, by its name, in the order in which the student sees them.
 
     `frequencies` are those of the classes in the source, which `mixing.tail` asks for. Raises SettingsError if an
-    objective reads a view that nobody makes, if two make views of one name, or if no class is rare for `mixing.tail`.
+    objective reads a view that nobody makes, if two make different views of one name, or if no class is rare for
+    `mixing.tail`.
     """
     law = restrict_law(s.mixing.tail, objectives, frequencies) if s.mixing.tail else None
     makers: dict[str, Maker] = {
@@ -91,7 +98,7 @@ def build_makers(
     }
     for name, objective in objectives.items():
         own = objective.makers()
-        if taken := makers.keys() & own.keys():
+        if taken := {view for view in makers.keys() & own.keys() if makers[view] != own[view]}:
             raise SettingsError(f"makes the view {', '.join(sorted(taken))}, which exists", f"objectives.{name}")
         makers |= own
     for name, objective in objectives.items():

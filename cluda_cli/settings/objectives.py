@@ -134,6 +134,37 @@ class RelationDistillation(Objective):
     """Share of a prototype that a step keeps."""
 
 
+class JitteredContrast(Objective):
+    """What contrasts of two jittered views of target images have in common."""
+
+    temperature: float = Field(0.1, ge=0.02)
+    """Divisor of the cosine similarity."""
+    projection_channels: int = Field(128, ge=1)
+    """Channels of the vectors that are compared."""
+    brightness: float = Field(0.3, ge=0, le=1)
+    """Range of what is added to RGB in 0..1, in either direction."""
+    contrast: float = Field(0.3, ge=0, lt=1)
+    """Range around 1 of the factor of RGB."""
+
+
+class GlobalContrast(JitteredContrast):
+    """Contrast of bands of rows in two jittered views, without labels (Chaitanya et al., arXiv 2006.10511)."""
+
+    parts: int = Field(4, ge=2)
+    """Bands of an image; a band and those at its place in other images are no negatives of each other."""
+
+
+class LocalContrast(JitteredContrast):
+    """Contrast of small regions in two jittered views, without labels (Chaitanya et al., arXiv 2006.10511)."""
+
+    region: int = Field(3, ge=1)
+    """Side of a region, cells of the fused feature."""
+    regions: int = Field(64, ge=4, le=1024)
+    """Regions of an image, on a square grid: as many as the largest square number up to this, fewer in small maps."""
+    negatives: int = Field(10, ge=2, multiple_of=2)
+    """Negatives of a region, half of them in each view."""
+
+
 class Objectives(Section):
     """The terms of the loss."""
 
@@ -157,3 +188,7 @@ class Objectives(Section):
     """Cross-entropy on target images with the labels of `model.teacher`; false switches it off."""
     relation_distillation: Optional[RelationDistillation] = None
     """Relations between pixels of target images as `model.teacher` sees them; false switches it off."""
+    global_contrast: Optional[GlobalContrast] = None
+    """Pre-training of the encoder on target images without labels; false switches it off."""
+    local_contrast: Optional[LocalContrast] = None
+    """Pre-training of the decoder on target images without labels; false switches it off."""

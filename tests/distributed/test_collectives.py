@@ -71,10 +71,15 @@ MIC = {
 }
 
 VIEWS = {
+    # Images so large that the last map, which the head of DeepLab reads, has cells apart from each other.
+    "data": {"crop": [96, 96], "source_box": [96, 160], "target_box": [96, 160]},
     "mixing": {"tail": {"share": 1.0}},  # no class of the tiny data is rare
     "objectives": {
         "source": {"hard_pixels": False}, "feature_distance": False, "pixel_contrast": False, "anchor_contrast": False,
+        "memory_contrast": False,
         "zero_style": {"band": 1},
+        "global_contrast": {"parts": 2, "projection_channels": 8},
+        "local_contrast": {"region": 1, "projection_channels": 8},
     },
 }  # fmt: skip
 

@@ -204,7 +204,7 @@ def test_every_preset_takes_a_step(name, overlay, tiny_settings, tmp_path):
     """On tiny crops; a smaller encoder stands in for the preset's, and its weights come from a file of random ones."""
     preset = presets.load([name, *overlay])
     data = tiny_settings.model_dump(mode="json")["data"] | {"rare_class": preset.data.rare_class and {}}
-    data["crop"] = [64, 64] if preset.model.multires else [32, 48]
+    data["crop"] = [64, 64] if preset.model.multires or preset.objectives.global_contrast else [32, 48]
     encoder, weights = STAND_INS.get(preset.model.encoder, preset.model.encoder), tmp_path / "preset.safetensors"
     model = {"encoder": encoder, "weights": preset.model.weights and str(weights)}
     settings = presets.validate(presets.merge(preset.model_dump(mode="json"), {"data": data, "model": model}))

@@ -42,12 +42,18 @@ READS_OUTPUT = {
     "feature_distance": ({"map 3"}, {"map 3"}),
     "pixel_contrast": ({"features"}, {"features", "detail features"} | MAPS),
     "anchor_contrast": ({"features"}, {"features"}),
+    "global_contrast": ({"map 3"}, {"map 3"}),
+    "local_contrast": ({"features"}, {"features"}),
     "zero_style": ({"logits"}, {"logits", "detail logits"}),
     "memory_contrast": ({"features"}, {"features"}),
     "distilled": ({"logits"}, {"logits", "detail logits"}),
     "relation_distillation": ({"features"}, {"features"}),
 }
-SMALL: dict[str, Any] = {"memory_contrast": {"memory": 32, "projection_channels": 8}}
+# Sizes that suit maps so small.
+SMALL: dict[str, Any] = {
+    "memory_contrast": {"memory": 32, "projection_channels": 8},
+    "local_contrast": {"region": 1},
+}
 
 
 class Encoder(nn.Module):
@@ -327,12 +333,11 @@ def test_what_is_saved() -> None:
     """
     one, other = objectives(2), objectives(2)
     memory = {f"memory_contrast.{name}" for name in ("head", "average", "memory", "pointer", "length")}
-    state = {"anchor_contrast.head"} | memory
+    state = {"anchor_contrast.head", "global_contrast.head", "local_contrast.head"} | memory
     assert {".".join(name.split(".")[:2]) for name in one.state_dict()} == state | {"pixel_contrast.weighter"}
     assert {".".join(name.split(".")[:2]) for name in objectives(1).state_dict()} == state
-    learning = {"pixel_contrast": ("source",), "anchor_contrast": ("source", "mixed"), "memory_contrast": ("mixed",)}
-    for name, group in learning.items():
-        seen = see(group, 2)
+    for name in ("pixel_contrast", "anchor_contrast", "memory_contrast", "global_contrast", "local_contrast"):
+        seen = see(one[name].reads[0], 2)
         assert one[name](*seen) != other[name](*seen)
         one[name](*seen).backward()
     assert all(p.grad is not None and p.grad.any() for p in one.parameters())

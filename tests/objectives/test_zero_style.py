@@ -1,7 +1,5 @@
 """Terms on images without style, what they show, and the mean amplitude that is kept."""
 
-from collections.abc import Callable
-from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -9,18 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluda_cli import presets, settings
+from cluda_cli import settings
 from cluda_cli.adaptation.style import low_amplitude, remove_style
 from cluda_cli.adaptation.views import Scene, Seen, View
-from cluda_cli.data.index import find
-from cluda_cli.data.streams import batches
-from cluda_cli.engine.run import Run
 from cluda_cli.engine.step import training_step
 from cluda_cli.models.boxes import Boxes
 from cluda_cli.models.segmenter import Detail, Output
 from cluda_cli.objectives.zero_style import SOURCE, TARGET, ZeroStyle, weighted_divergence
-
-CPU = torch.device("cpu")
 
 
 def see(tensors: dict[str, Tensor], name: str, agrees: bool) -> tuple[Seen, list[Tensor]]:
@@ -83,22 +76,8 @@ def test_the_detail_has_its_share_of_the_target_term() -> None:
     torch.testing.assert_close(ZeroStyle(settings.ZeroStyle(detail_weight=0.3))(Seen(output, view)), expected)
 
 
-@pytest.fixture
-def start(tiny_settings: settings.Settings) -> Callable[..., tuple[Run, Any]]:
-    """A run of cross-entropy and `zero_style`, and its batches."""
-
-    def begin(first: int = 0, **section: Any) -> tuple[Run, Any]:
-        terms = {"mixed": False, "feature_distance": False, "pixel_contrast": False, "zero_style": section}
-        tree = {"objectives": terms, "training": {"steps": 4}}
-        chosen = presets.validate(presets.merge(tiny_settings.model_dump(mode="json"), tree))
-        source, target = find("clean", chosen.data.root), find("noisy", chosen.data.root)
-        return Run(chosen, [source], CPU), iter(batches([source], target, chosen.data, 0, first, 4))
-
-    return begin
-
-
-def test_views_have_no_style_and_the_teacher_is_asked_once(start: Callable[..., Any], monkeypatch: Any) -> None:
-    run, stream = start()
+def test_views_have_no_style_and_the_teacher_is_asked_once(start: Any, monkeypatch: Any) -> None:
+    run, stream = start({"objectives": {"zero_style": {}}})
     asked = []
     honest = run.teacher.pseudo_labels
     monkeypatch.setattr(run.teacher, "pseudo_labels", lambda *given: asked.append(given) or honest(*given))
@@ -113,8 +92,8 @@ def test_views_have_no_style_and_the_teacher_is_asked_once(start: Callable[..., 
     assert torch.equal(probability.argmax(dim=1), target.label)
 
 
-def test_amplitudes_are_the_mean_of_all_images_and_act_from_the_second_step_on(start: Callable[..., Any]) -> None:
-    run, stream = start(band=1)
+def test_amplitudes_are_the_mean_of_all_images_and_act_from_the_second_step_on(start: Any) -> None:
+    run, stream = start({"objectives": {"zero_style": {"band": 1}}})
     method, found = run.objectives["zero_style"], []
     for step in range(3):
         batch = next(stream)
@@ -136,15 +115,7 @@ def test_amplitudes_are_the_mean_of_all_images_and_act_from_the_second_step_on(s
 
 
 @pytest.mark.parametrize("band", [0, 2])
-def test_a_resumed_run_equals_one_that_never_stopped(start: Callable[..., Any], band: int) -> None:
-    whole, stream = start(band=band)
-    for step in range(3):
-        if step == 1:
-            other, rest = start(first=1, band=band)
-            other.load_state_dict(deepcopy(whole.state_dict()))
-            training_step(other, next(rest))
-        training_step(whole, next(stream))
-    training_step(other, next(rest))
-    for one, two in ((whole.student, other.student), (whole.objectives, other.objectives)):
-        assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
-    assert bool(whole.objectives.state_dict()) == (band > 0)
+def test_a_resumed_run_equals_one_that_never_stopped(start: Any, assert_resume_is_exact: Any, band: int) -> None:
+    tree = {"objectives": {"zero_style": {"band": band}}}
+    assert_resume_is_exact(tree)
+    assert bool(start(tree)[0].objectives.state_dict()) == (band > 0)

@@ -369,6 +369,21 @@ def compare(
 
 
 @_command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Its title.  [default: the names of the runs]")] = "",
+    baseline: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Run of the group that gains are over.  [default: the first]")
+    ] = None,
+) -> None:
+    """Write one HTML file about runs: scores, classes, curves, pictures, settings. It needs no network to be shown."""
+    from cluda_cli.commands.report import report
+
+    report(runs, out=out, title=title, baseline=baseline)
+
+
+@_command()
 def predict(
     images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help="Files, folders or globs.")],
     ckpt: Annotated[

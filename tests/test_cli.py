@@ -24,7 +24,19 @@ def test_no_arguments_print_help_with_examples():
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 @pytest.mark.parametrize(
     "command",
-    ["prepare", "train", "bench", "pseudo-label", "eval", "compare", "predict", "import-weights", "doctor", "presets"],
+    [
+        "prepare",
+        "train",
+        "bench",
+        "pseudo-label",
+        "eval",
+        "compare",
+        "report",
+        "predict",
+        "import-weights",
+        "doctor",
+        "presets",
+    ],
 )
 def test_every_command_has_both_helps(command, flag):
     result = run(app, [command, flag])

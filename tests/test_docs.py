@@ -114,7 +114,7 @@ def test_every_shown_command_runs(workplace):
                 run(line)
                 done.add(line)
     assert len(done) > 15
-    verbs = {"prepare", "train", "compare", "bench", "pseudo-label", "eval", "predict", "presets"}
+    verbs = {"prepare", "train", "compare", "report", "bench", "pseudo-label", "eval", "predict", "presets"}
     assert {line.split()[1] for line in done} == verbs
 
 

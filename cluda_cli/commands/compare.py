@@ -28,17 +28,18 @@ def compare(folders: Sequence[Path], *, baseline: Path | None = None, as_json: b
     the runs.
     """
     groups = group_runs([read_run(folder) for folder in folders])
-    base = _find_baseline(groups, baseline)
-    _warn_of_unequal_ends(groups)
+    base = find_baseline(groups, baseline)
+    for warning in unequal_ends(groups):
+        console.warn(warning)
     if as_json:
         console.result_json(_describe(groups, base))
         return
     _print_means(groups, base)
-    _print_classes(groups)
+    _printclass_names(groups)
     _print_differences(groups)
 
 
-def _find_baseline(groups: Sequence[Group], folder: Path | None) -> Group:
+def find_baseline(groups: Sequence[Group], folder: Path | None) -> Group:
     """The group of the run in `folder`; the first one without it."""
     if folder is None:
         return groups[0]
@@ -48,22 +49,24 @@ def _find_baseline(groups: Sequence[Group], folder: Path | None) -> Group:
     raise SettingsError(f"{folder} is none of the runs", "--baseline", "name it among them, too")
 
 
-def _warn_of_unequal_ends(groups: Sequence[Group]) -> None:
-    """Runs that are not finished, or that were validated last before their end."""
-    for run in (run for group in groups for run in group.runs):
-        steps = run.settings.training.steps
-        if run.last.step != steps:
-            console.warn(f"{run.path}: the last validation is of step {run.last.step} of {steps}")
+def unequal_ends(groups: Sequence[Group]) -> list[str]:
+    """A line for each run that is not finished, or that was validated last before its end."""
+    runs = [run for group in groups for run in group.runs]
+    return [
+        f"{run.path}: the last validation is of step {run.last.step} of {run.settings.training.steps}"
+        for run in runs
+        if run.last.step != run.settings.training.steps
+    ]
 
 
 def _print_means(groups: Sequence[Group], base: Group) -> None:
     rows = []
     for i, group in enumerate(groups, 1):
         seeds = ", ".join(str(run.seed) for run in group.runs)
-        console.result(f"{i}  {group.name}: seed {seeds}; saves the {_saves(group)}")
-        cells = [_format(group.last(name)) for name in NETWORKS] + [_format(group.best())]
+        console.result(f"{i}  {group.name}: seed {seeds}; saves the {saved_networks(group)}")
+        cells = [format_spread(group.last(name)) for name in NETWORKS] + [format_spread(group.best())]
         gain = group.gain(base)
-        own = ["baseline", ""] if group is base else [_format_gain(gain), _format_p(gain.p_value)]
+        own = ["baseline", ""] if group is base else [format_gain(gain), format_p(gain.p_value)]
         rows.append([str(i), *cells, *own])
     columns = ["", "student", "teacher", "best", "gain", "p"]
     console.result_table("mIoU of the last validation, mean ± standard deviation over seeds", columns, rows)
@@ -71,46 +74,51 @@ def _print_means(groups: Sequence[Group], base: Group) -> None:
     console.result("gain: of the saved network, paired by seed, ± its standard error; p: two-sided paired t-test")
 
 
-def _saves(group: Group) -> str:
+def saved_networks(group: Group) -> str:
+    """The network whose weights the runs save, by name."""
     return " or ".join(sorted({run.saved for run in group.runs}))
 
 
-def _print_classes(groups: Sequence[Group]) -> None:
+def _printclass_names(groups: Sequence[Group]) -> None:
     columns = ["class", *(str(i) for i, _ in enumerate(groups, 1))]
-    rows = [[name, *(_format(group.iou(name)) for group in groups)] for name in _classes(groups)]
+    rows = [[name, *(format_spread(group.iou(name)) for group in groups)] for name in class_names(groups)]
     console.result_table("IoU of the saved network at the last validation", columns, rows)
 
 
 def _print_differences(groups: Sequence[Group]) -> None:
     """Lines, because values such as paths are too long for a table."""
     for key, values in settings_that_differ(groups).items():
-        console.result(f"{key}: {'; '.join(f'{i} {_spell(value)}' for i, value in enumerate(values, 1))}")
+        console.result(f"{key}: {'; '.join(f'{i} {spell(value)}' for i, value in enumerate(values, 1))}")
     for name, versions in versions_that_differ(groups).items():
         console.warn(f"the runs were made with several versions of {name}: {', '.join(versions)}")
 
 
-def _classes(groups: Sequence[Group]) -> list[str]:
+def class_names(groups: Sequence[Group]) -> list[str]:
     """Names of all scored classes, in the order of the first run that has them."""
     return list(dict.fromkeys(name for g in groups for run in g.runs for name in run.last.networks[run.saved].iou))
 
 
-def _format(spread: Spread) -> str:
+def format_spread(spread: Spread) -> str:
+    """Mean and standard deviation; - without values."""
     if not spread.values or math.isnan(spread.mean):
         return "-"
     return f"{spread.mean:.2f}" + (f" ± {spread.deviation:.2f}" if len(spread.values) > 1 else "")
 
 
-def _format_gain(gain: Spread) -> str:
+def format_gain(gain: Spread) -> str:
+    """Mean with its sign, and standard error; - without values."""
     if not gain.values or math.isnan(gain.mean):
         return "-"
     return f"{gain.mean:+.2f}" + (f" ± {gain.error:.2f}" if len(gain.values) > 1 else "")
 
 
-def _format_p(value: float) -> str:
+def format_p(value: float) -> str:
+    """A probability; - if it does not exist."""
     return "-" if math.isnan(value) else f"{value:.3f}"
 
 
-def _spell(value: Any) -> str:
+def spell(value: Any) -> str:
+    """A setting as JSON, or "unset"."""
     return "unset" if value is None else json.dumps(value)
 
 
@@ -126,7 +134,7 @@ def _describe(groups: Sequence[Group], base: Group) -> dict[str, Any]:
                 "saved": _numbers(group.saved()),
                 "best": _numbers(group.best()),
                 "gain": _numbers(group.gain(base)) | {"p": _round(group.gain(base).p_value, 4)},
-                "iou": {name: _numbers(group.iou(name)) for name in _classes(groups)},
+                "iou": {name: _numbers(group.iou(name)) for name in class_names(groups)},
             }
             for group in groups
         ],

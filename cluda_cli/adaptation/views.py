@@ -79,6 +79,8 @@ class Scene:
         """`first` is the position of the first image of this batch in the joint batch of all ranks."""
         self.batch, self.teacher, self.seed, self.step, self.first = batch, teacher, seed, step, first
         self.normalisation = teacher.network.normalisation
+        self.notes: dict[str, Tensor] = {}
+        """Numbers for the log that are no terms, by name: scalars on the device. The mean over the ranks is logged."""
 
     def generator(self, purpose: str) -> torch.Generator:
         """A generator on the CPU for what the joint batch has in common: (seed, purpose, step) decide."""
@@ -170,6 +172,18 @@ class MakeSource:
 def make_target(scene: Scene) -> View:
     """Target images as they are, with pseudo-labels."""
     return scene.view("target", scene.target)
+
+
+@dataclass(frozen=True)
+class MakeStrongTarget:
+    """Target images, strongly augmented as mixed ones are, with the pseudo-labels of the images as they were."""
+
+    mixing: settings.Mixing
+    name: str = "strong target"
+
+    def __call__(self, scene: Scene) -> View:
+        image = scene.augment(scene.target.image, self.mixing, f"{self.name} augmentation")
+        return scene.view(self.name, replace(scene.target, image=image))
 
 
 @dataclass(frozen=True)

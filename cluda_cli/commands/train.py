@@ -11,7 +11,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cluda_cli import console
@@ -25,7 +24,7 @@ from cluda_cli.engine.folder import RunFolder, Saved
 from cluda_cli.engine.pictures import write_pictures
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.sharding import unsharded
-from cluda_cli.engine.step import training_step
+from cluda_cli.engine.step import StepResult, training_step
 from cluda_cli.errors import Interrupted, SettingsError
 from cluda_cli.inference.device import pick_device
 from cluda_cli.inference.metrics import Scores
@@ -148,7 +147,7 @@ def _loop(
             result = training_step(run, batch)
             loss = result.loss if loss is None else loss + SMOOTHING * (result.loss - loss)
             if _due(run.step, training.log_every, steps) or run.step == 1:
-                _log(run, files, result.terms)
+                _log(run, files, result)
             if training.pictures_every and _due(run.step, training.pictures_every, steps):
                 write_pictures(files.pictures / f"{run.step:06d}.png", run, batch, result.views)
             progress.advance(f"loss {loss:.3f}")
@@ -211,10 +210,12 @@ def _summarise(scores: Scores) -> dict[str, Any]:
     }
 
 
-def _log(run: Run, files: RunFolder, terms: dict[str, torch.Tensor]) -> None:
-    """One line of metrics.jsonl, where null is a term that had nothing to measure."""
+def _log(run: Run, files: RunFolder, result: StepResult) -> None:
+    """One line of metrics.jsonl, where null is a term that had nothing to measure. Notes are there if there are any."""
+    terms = {name: float(value) or None for name, value in result.terms.items()}
+    notes = {name: float(value) for name, value in result.notes.items()}
     rate = run.optimizer.param_groups[0]["lr"]
-    files.log({"step": run.step, "lr": rate, "terms": {name: float(value) or None for name, value in terms.items()}})
+    files.log({"step": run.step, "lr": rate, "terms": terms} | ({"notes": notes} if notes else {}))
 
 
 def _make_demo(settings: Settings) -> None:

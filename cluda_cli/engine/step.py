@@ -35,6 +35,8 @@ class StepResult:
     """"view/objective" -> unweighted value over all ranks, a detached scalar on the device; views joined by "+"."""
     views: list[View]
     """What the student saw, for pictures."""
+    notes: dict[str, Tensor]
+    """What makers of views and objectives note for the log beside the terms: means over all ranks, scalars."""
     loss: float
     """Weighted sum of the terms; it is read together with the norm of the gradient, so that nothing else waits."""
 
@@ -73,7 +75,7 @@ def training_step(run: Run, batch: Batch) -> StepResult:
     for objective in (o for o in objectives.values() if o.updates):
         with span("update"), _precision(run), torch.no_grad():
             objective.update(scene, seen)
-    return StepResult(terms, views, loss)
+    return StepResult(terms, views, _average_notes(scene), loss)
 
 
 def join_groups(objectives: Iterable[Objective], order: Sequence[str]) -> list[Group]:
@@ -144,6 +146,14 @@ def _measure(
                 with span(f"{'+'.join(group)}/{name}"), _precision(run):
                     values[name, group] = objective(*(seen[view] for view in group))
     return values
+
+
+def _average_notes(scene: Scene) -> dict[str, Tensor]:
+    """The notes of the joint batch; all ranks make the same ones."""
+    if not scene.notes:
+        return {}
+    values = collectives.all_reduce_mean(torch.stack([value.float() for value in scene.notes.values()]))
+    return dict(zip(scene.notes, values.unbind(), strict=True))
 
 
 def _require_finite(

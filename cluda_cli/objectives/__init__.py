@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from cluda_cli import settings
 from cluda_cli.adaptation.mixing import tail_law
 from cluda_cli.adaptation.teacher import FrozenTeacher
-from cluda_cli.adaptation.views import MakeMasked, MakeMixed, Maker, MakeSource, make_target
+from cluda_cli.adaptation.views import MakeMasked, MakeMixed, Maker, MakeSource, MakeStrongTarget, make_target
 from cluda_cli.data.labels import ClassTable
 from cluda_cli.errors import SettingsError
 from cluda_cli.models.multires import MultiResolution
 from cluda_cli.models.segmenter import Segmenter
 from cluda_cli.objectives.anchor_contrast import AnchorContrast
+from cluda_cli.objectives.clustering import Clustering
 from cluda_cli.objectives.cross_entropy import CrossEntropy
 from cluda_cli.objectives.feature_distance import FeatureDistance
 from cluda_cli.objectives.global_contrast import GlobalContrast
@@ -70,6 +71,8 @@ def build_objectives(
         chosen["global_contrast"] = GlobalContrast(s.global_contrast, student.encoder.channels[-1])
     if s.local_contrast:
         chosen["local_contrast"] = LocalContrast(s.local_contrast, student.decoder.classifiers()[0].in_channels)
+    if s.clustering:
+        chosen["clustering"] = Clustering(s.clustering, student, len(classes))
     return nn.ModuleDict(chosen)
 
 
@@ -95,6 +98,8 @@ def build_makers(
         "mixed": MakeMixed(s.mixing, law),
         "masked": MakeMasked(s.masking, s.mixing),
         "target": make_target,
+        "strong target": MakeStrongTarget(s.mixing),
+        "second strong target": MakeStrongTarget(s.mixing, "second strong target"),
     }
     for name, objective in objectives.items():
         own = objective.makers()

@@ -18,7 +18,7 @@ from cluda_cli.data.labels import IGNORE
 from cluda_cli.distributed import collectives
 from cluda_cli.models.average import MovingAverage
 from cluda_cli.models.segmenter import Output
-from cluda_cli.objectives.anchor_contrast import DRAWN, LAST, anchor_places
+from cluda_cli.objectives.cells import draw_cells, take_cells
 from cluda_cli.objectives.objective import Objective
 
 AT_ONCE = 2**20
@@ -84,19 +84,18 @@ class MemoryContrast(Objective):
         self.average.update(ema_decay(scene.step + 1, scene.teacher.decay))
         features = scene.teacher.output(torch.cat([view.image for view in views]), keep_statistics=False).features
         with torch.autocast(features.device.type, enabled=False):
-            each, parts = self.settings.pushed, features.float().split([len(view.image) for view in views])
-            drawn = [
-                draw_cells(v, p, "memory rows", each, each * len(self.memory))
-                for v, p in zip(views, parts, strict=True)
-            ]
-            _, label, rows = (torch.cat(tensors).flatten(0, 1) for tensors in zip(*drawn, strict=True))
-            rows = F.normalize(self.average(rows), dim=1)
-            push(self.memory, self.pointer, self.length, *map(collectives.all_gather_rows, (rows, label)))
+            size, each = features.shape[2:], self.settings.pushed
+            drawn = [draw_cells(view, size, "memory rows", each, each * len(self.memory)) for view in views]
+            _, label, cell = (torch.cat(tensors) for tensors in zip(*drawn, strict=True))
+            rows = F.normalize(self.average(take_cells(features.float(), cell).flatten(0, 1)), dim=1)
+            push(self.memory, self.pointer, self.length, *map(collectives.all_gather_rows, (rows, label.flatten())))
 
     def _find(self, output: Output, view: View) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The anchors of a view: places A, labels A, features A D and random numbers for their mixtures, A 3s+2t."""
         count, width = self.settings.anchors, 3 * self.settings.mixed_pairs + 2 * self.settings.mixed_queries
-        place, label, rows = draw_cells(view, output.features.float(), "memory anchors", count, count)
+        features = output.features.float()
+        place, label, cell = draw_cells(view, features.shape[2:], "memory anchors", count, count)
+        rows = take_cells(features, cell)
         drawn = [torch.rand(place.shape[1], width, generator=g) for g in view.generators("memory mixtures")]
         mixtures = torch.stack(drawn).to(rows.device, non_blocking=True)
         return place.flatten(), label.flatten(), rows.flatten(0, 1), mixtures.flatten(0, 1)
@@ -134,22 +133,6 @@ class MemoryContrast(Objective):
         of_own = similarity.view(-1, num_classes, slots)[torch.arange(len(own), device=own.device), own]  # A slots
         similarities = (part / self.settings.temperature for part in (of_own, similarity, mixed))
         return contrast_costs(*similarities, positive, negative)
-
-
-def draw_cells(view: View, features: Tensor, purpose: str, each: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw labelled cells of features B D h w: their places B m, labels B m and features B m D.
-
-    Every image gives at most `count` cells, and `each` of one class, in the order of `anchor_places`. `m` is `count`,
-    or n if there are fewer. What is drawn beyond the labelled cells has the place `LAST` and the label 255.
-    """
-    label = view.label.where(view.weight > 0, IGNORE)[:, None].float()
-    label = F.interpolate(label, features.shape[2:], mode="nearest").long().flatten(1)  # B n
-    drawn = torch.stack([torch.randint(DRAWN, label.shape[1:], generator=g) for g in view.generators(purpose)])
-    drawn = drawn.to(label.device, non_blocking=True)
-    place, cell = anchor_places(label, torch.zeros_like(drawn, dtype=torch.bool), drawn, each).sort(dim=1, stable=True)
-    place, cell = place[:, :count], cell[:, :count]  # B m
-    rows = features.flatten(2).movedim(1, 2).gather(1, cell[:, :, None].expand(-1, -1, features.shape[1]))
-    return place, label.gather(1, cell).where(place < LAST, IGNORE), rows
 
 
 def find_hardest(similarity: Tensor, negative: Tensor, count: int) -> tuple[Tensor, Tensor]:

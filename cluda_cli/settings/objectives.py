@@ -165,6 +165,26 @@ class LocalContrast(JitteredContrast):
     """Negatives of a region, half of them in each view."""
 
 
+class Clustering(Objective):
+    """Adversarial clustering of regions of the target, and agreement of strong views (CDAC, arXiv 2104.09415)."""
+
+    weight: float = Field(0.1, ge=0)
+    """Factor of the three losses in the total loss."""
+    top: int = Field(5, ge=1)
+    """A region is described by this many of its channels, those with the largest values."""
+    overlap: float = Field(0.6, gt=0, le=1)
+    """Two regions are alike if their sets of channels have this share in common (intersection over union); 1, as in
+    the paper: the sets are equal."""
+    threshold: float = Field(0.95, ge=0, le=1)
+    """The student's label of an image as it is counts in the second strong view if its probability is at least this."""
+    consistency: float = Field(3.0, ge=0)
+    """Factor of the disagreement of the strong views, after the ramp; 30 in the paper."""
+    ramp_steps: int = Field(20_000, ge=0)
+    """Steps over which this factor rises, from 0.7 % of it."""
+    cosine_classifier: bool = False
+    """Cluster by the cosine with the weights of the classifier, divided by 0.05, as the paper's network classifies."""
+
+
 class Objectives(Section):
     """The terms of the loss."""
 
@@ -192,3 +212,5 @@ class Objectives(Section):
     """Pre-training of the encoder on target images without labels; false switches it off."""
     local_contrast: Optional[LocalContrast] = None
     """Pre-training of the decoder on target images without labels; false switches it off."""
+    clustering: Optional[Clustering] = None
+    """Adversarial clustering of target regions and agreement of strong views (CDAC); false switches it off."""

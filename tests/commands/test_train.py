@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from cluda_cli.data.index import find
 from cluda_cli.data.labels import ClassTable
 from cluda_cli.engine.folder import RunFolder
 from cluda_cli.engine.state_file import load_state, save_state
+from cluda_cli.engine.step import StepResult
 from cluda_cli.errors import DataError, Interrupted, RunError, SettingsError
 from cluda_cli.inference.scoring import score
 from cluda_cli.inference.weights_file import load_weights
@@ -202,7 +204,7 @@ MICRO_BATCHES = {
     "model": {"freeze_batch_norm": True},
     "data": {"batch_size": 3},
     "training": {"micro_batch": 2},
-    "objectives": {"memory_contrast": MEMORY},
+    "objectives": {"memory_contrast": MEMORY, "clustering": {"start": 1, "threshold": 0.2, "ramp_steps": 3}},
 }
 
 
@@ -238,7 +240,7 @@ def test_a_stopped_and_resumed_run_equals_one_that_never_stopped(
 
 
 @pytest.mark.parametrize(
-    "changes", [DECAYED_ANCHORS, MICRO_BATCHES], ids=["anchors, layer decay", "micro-batches, memory"]
+    "changes", [DECAYED_ANCHORS, MICRO_BATCHES], ids=["anchors, layer decay", "micro-batches, memory, clustering"]
 )
 def test_resume_is_exact_with_two_resolutions(tiny_settings, tmp_path, assert_resume_is_exact, changes):
     """Stopped in the step in which mixed images begin to show the most uncertain detail."""
@@ -311,6 +313,14 @@ def test_a_hangup_that_nohup_ignores_stops_nothing(tiny_settings, tmp_path, stop
     finally:
         signal.signal(signal.SIGHUP, previous)
     assert load_state(tmp_path / "x" / "resume" / "state.pt")["step"] == 2
+
+
+def test_notes_are_logged_beside_the_terms_if_there_are_any():
+    run, lines = SimpleNamespace(step=3, optimizer=SimpleNamespace(param_groups=[{"lr": 0.5}])), []
+    for notes in ({"clustering/pairs alike": torch.tensor(0.25)}, {}):
+        verb._log(run, SimpleNamespace(log=lines.append), StepResult({"a/b": torch.tensor(0.0)}, [], notes, 1.0))
+    line = {"step": 3, "lr": 0.5, "terms": {"a/b": None}}
+    assert lines == [line | {"notes": {"clustering/pairs alike": 0.25}}, line]
 
 
 def test_an_objective_that_the_run_never_reaches_is_announced(tiny_settings, capsys):

@@ -54,6 +54,7 @@ CLUDA = {
             "hardest": 4,
             "pushed": 3,
         },
+        "clustering": {"threshold": 0.2, "top": 2, "ramp_steps": 2},
     },
 }
 MIC = {
@@ -67,6 +68,7 @@ MIC = {
         "pixel_contrast": {"size": 7, "weighter_dim": 8},
         "anchor_contrast": False,  # 2 x 2 cells hold no two anchors of a class
         "memory_contrast": False,
+        "clustering": False,
     },
 }
 
@@ -76,7 +78,7 @@ VIEWS = {
     "mixing": {"tail": {"share": 1.0}},  # no class of the tiny data is rare
     "objectives": {
         "source": {"hard_pixels": False}, "feature_distance": False, "pixel_contrast": False, "anchor_contrast": False,
-        "memory_contrast": False,
+        "memory_contrast": False, "clustering": False,
         "zero_style": {"band": 1},
         "global_contrast": {"parts": 2, "projection_channels": 8},
         "local_contrast": {"region": 1, "projection_channels": 8},

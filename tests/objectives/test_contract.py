@@ -144,7 +144,7 @@ class EarlierTeacher:
         return student_output(seed=9)
 
 
-EARLIER = SimpleNamespace(step=9, teacher=EarlierTeacher())
+EARLIER = SimpleNamespace(step=9, teacher=EarlierTeacher(), notes={})
 
 
 def change(seen: list[Seen], output: Callable[[Output], Output] = lambda o: o, **fields: Any) -> list[Seen]:
@@ -322,6 +322,8 @@ def test_state_survives_a_round_trip(name: str, group: tuple[str, ...], resoluti
     other.load_state_dict(one.state_dict())
     if hasattr(one, "pretrained"):  # no state: whoever builds it again loads the same file
         other.pretrained.network.load_state_dict(one.pretrained.network.state_dict())
+    if hasattr(one, "student"):  # has a state of its own
+        other.student.load_state_dict(one.student.state_dict())
     seen = see(group, resolutions)
     assert one(*seen) == other(*seen)
 
@@ -333,7 +335,8 @@ def test_what_is_saved() -> None:
     """
     one, other = objectives(2), objectives(2)
     memory = {f"memory_contrast.{name}" for name in ("head", "average", "memory", "pointer", "length")}
-    state = {"anchor_contrast.head", "global_contrast.head", "local_contrast.head"} | memory
+    heads = {f"{name}.head" for name in ("anchor_contrast", "global_contrast", "local_contrast")}
+    state = heads | {"clustering.steps"} | memory
     assert {".".join(name.split(".")[:2]) for name in one.state_dict()} == state | {"pixel_contrast.weighter"}
     assert {".".join(name.split(".")[:2]) for name in objectives(1).state_dict()} == state
     for name in ("pixel_contrast", "anchor_contrast", "memory_contrast", "global_contrast", "local_contrast"):
@@ -374,7 +377,16 @@ def test_a_view_that_nobody_makes_is_an_error_before_the_run() -> None:
     with pytest.raises(SettingsError, match=r"objectives\.reader: reads the view mixd, which nobody makes -> .*mixed"):
         build_makers(settings.Settings(), nn.ModuleDict({"reader": Reader("mixd")}))
     makers = build_makers(settings.Settings(), nn.ModuleDict({"reader": Reader("weak", "weak", "strong")}))
-    assert list(makers) == ["source", "mixed", "masked", "target", "weak", "strong"]
+    assert list(makers) == [
+        "source",
+        "mixed",
+        "masked",
+        "target",
+        "strong target",
+        "second strong target",
+        "weak",
+        "strong",
+    ]
 
 
 def test_a_view_has_one_maker() -> None:

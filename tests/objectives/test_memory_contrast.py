@@ -19,7 +19,6 @@ from cluda_cli.objectives.memory_contrast import (
     MemoryContrast,
     Mixes,
     contrast_costs,
-    draw_cells,
     find_hardest,
     mix,
     pick,
@@ -318,13 +317,6 @@ def test_draws_follow_the_seed_of_the_view() -> None:
     objective, seen = filled(anchors=5), see()
     assert objective(seen) == objective(seen)
     assert objective(seen) != objective(Seen(seen.output, replace(seen.view, seed=torch.tensor([7, 8]))))
-
-
-def test_classes_share_the_cells_that_are_drawn() -> None:
-    seen = see()
-    place, label, rows = draw_cells(seen.view, seen.output.features, "some", 10, 9)
-    assert place.shape == label.shape == (2, 9) and rows.shape == (2, 9, CHANNELS)
-    assert all(sorted(one.tolist()) == [0, 0, 0, 1, 1, 1, 2, 2, 2] for one in label)
 
 
 def test_two_ranks_contrast_and_remember_the_joint_batch(monkeypatch: pytest.MonkeyPatch) -> None:

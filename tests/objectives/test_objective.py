@@ -40,6 +40,7 @@ class Agreement(Objective):
     def update(self, scene, seen):
         assert all(not output.logits.requires_grad for output, _ in seen)
         self.seen += len(seen)
+        scene.notes["agreement/seen"] = self.seen / 2
 
     def source_law(self, step):
         return (1.0, 0.0, 0.0, 0.0, 0.0) if step > 0 else None
@@ -66,6 +67,7 @@ def test_a_group_has_one_term_and_update_sees_every_view_and_micro_batch(tiny_se
     assert [view.name for view in result.views] == ["source", "mixed", "weak", "strong"]
     assert result.terms["mixed/mixed"] == 0  # edited
     assert run.objectives["agreement"].seen == count
+    assert result.notes == {"agreement/seen": count / 2}
     assert run.state_dict()["objectives"]["agreement.seen"] == count
 
 

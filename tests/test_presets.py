@@ -13,8 +13,9 @@ METHODS = [
     "source-only", "dacs", "daformer", "daformer-cluda", "daformer-mic", "hrda", "hrda-cluda", "mic", "mic-cluda",
     "dlv2", "dlv2-cluda", "swin-cluda", "dinov2-cluda", "dinov2-small", "daformer-zero-style", "daformer-mochi",
     "distill", "pretrain-global", "pretrain-local",
+    "sepico", "spcl",
 ]  # fmt: skip
-OVERLAYS = ["small", "demo", "synthia", "acdc", "dark-zurich", "tail-mixing"]
+OVERLAYS = ["small", "demo", "synthia", "acdc", "dark-zurich", "tail-mixing", "crops-640"]
 
 
 @pytest.mark.parametrize("name", presets.names())
@@ -73,6 +74,8 @@ def test_an_overlay_switches_nothing_on(method, overlay):
         ("distill", "distilled relation_distillation"),
         ("pretrain-global", "global_contrast"),
         ("pretrain-local", "local_contrast"),
+        ("sepico", "feature_distance mixed prototype_contrast"),
+        ("spcl", "deeplab mixed prototype_contrast"),
     ],
 )
 def test_a_method_is_what_its_name_says(name, on):

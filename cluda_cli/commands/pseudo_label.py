@@ -116,11 +116,15 @@ def _make(
     return manifest
 
 
-def compute_thresholds(histogram: Tensor) -> list[float | None]:
-    """Per class, min(median confidence, 0.9) from its counts of confidence levels; None without pixels.  # K 256"""
-    pixels = histogram.sum(1)
-    median = (2 * histogram.cumsum(1) >= pixels[:, None]).int().argmax(1)  # K, first level with half of the pixels
-    thresholds = LEVELS[median].clamp(max=LARGEST_THRESHOLD).tolist()
+def compute_thresholds(histogram: Tensor, levels: Tensor = LEVELS) -> list[float | None]:
+    """Per class, min(median confidence, 0.9); None without pixels (SPCL, arXiv 2111.12358).
+
+    `histogram` (K L, integers) counts the pixels of each of the ascending `levels` (L) of confidence. The median of an
+    even number of pixels is the mean of the two in the middle.
+    """
+    pixels, below = histogram.sum(1), 2 * histogram.cumsum(1)
+    lower, upper = (reached.int().argmax(1) for reached in (below >= pixels[:, None], below > pixels[:, None]))  # K
+    thresholds = ((levels[lower] + levels[upper]) / 2).clamp(max=LARGEST_THRESHOLD).tolist()
     return [value if count else None for value, count in zip(thresholds, pixels.tolist(), strict=True)]
 
 

@@ -1,7 +1,9 @@
 """The moving average of a small module, such as the projection head of an objective."""
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.func import functional_call
 
 from cluda_cli.distributed import collectives
@@ -20,12 +22,15 @@ class MovingAverage(nn.Module):
         for name, parameter in module.named_parameters():
             self.register_buffer(name.replace(".", "_"), parameter.detach().clone())
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """What the followed module makes of its inputs with the averaged weights."""
-        names = [name for name, _ in self._followed[0].named_parameters()]
-        weights = dict(zip(names, self.buffers(), strict=True))
-        outputs: Tensor = functional_call(self._followed[0], weights, (inputs,))
-        return outputs
+    def forward(self, *inputs: Any) -> Any:
+        """What the followed module makes of its inputs with the averaged weights.
+
+        Its batch norms normalise as in its own mode, and their running statistics do not see these inputs.
+        """
+        followed = self._followed[0]
+        tensors = {name: buffer.clone() for name, buffer in followed.named_buffers()}
+        names = [name for name, _ in followed.named_parameters()]
+        return functional_call(followed, tensors | dict(zip(names, self.buffers(), strict=True)), inputs)
 
     @torch.no_grad()
     def update(self, decay: float) -> None:

@@ -58,7 +58,7 @@ class DAFormerDecoder(FusingDecoder):
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """(logits B K h w, fused B D h w); channel dropout acts on the logits' input only, while training."""
         if isinstance(self.fuse_layer, ConvUnit):
-            fused = _fuse_pointwise(self.fuse_layer, self._embed(maps))  # B D h w
+            fused = fuse_pointwise(self.fuse_layer, self._embed(maps))  # B D h w
         else:
             # Dilated depthwise kernels are several times slower on channels-last maps, so the layout changes here.
             # No name holds the embedded maps meanwhile: without gradients they are gone by then.
@@ -75,7 +75,7 @@ def _to_finest(maps: Sequence[Tensor]) -> list[Tensor]:
     return [maps[0], *(F.interpolate(coarse, maps[0].shape[2:], mode="bilinear") for coarse in maps[1:])]
 
 
-def _fuse_pointwise(unit: "ConvUnit", maps: Sequence[Tensor]) -> Tensor:
+def fuse_pointwise(unit: "ConvUnit", maps: Sequence[Tensor]) -> Tensor:
     """A 1x1 unit on maps B E * * that are resized to the first and concatenated: B D h w.
 
     A 1x1 convolution mixes channels and resizing mixes pixels, so either may come first. Each map's part of the

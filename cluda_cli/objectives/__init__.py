@@ -22,6 +22,7 @@ from cluda_cli.objectives.local_contrast import LocalContrast
 from cluda_cli.objectives.memory_contrast import MemoryContrast
 from cluda_cli.objectives.objective import Objective
 from cluda_cli.objectives.pixel_contrast import PixelContrast
+from cluda_cli.objectives.prototype_contrast import PrototypeContrast
 from cluda_cli.objectives.relation_distillation import RelationDistillation
 from cluda_cli.objectives.zero_style import ZeroStyle
 
@@ -73,6 +74,11 @@ def build_objectives(
         chosen["local_contrast"] = LocalContrast(s.local_contrast, student.decoder.classifiers()[0].in_channels)
     if s.clustering:
         chosen["clustering"] = Clustering(s.clustering, student, len(classes))
+    if s.prototype_contrast:
+        fused = student.decoder.classifiers()[0].in_channels
+        chosen["prototype_contrast"] = PrototypeContrast(
+            s.prototype_contrast, len(classes), student.encoder.channels, fused
+        )
     return nn.ModuleDict(chosen)
 
 

@@ -185,6 +185,38 @@ class Clustering(Objective):
     """Cluster by the cosine with the weights of the classifier, divided by 0.05, as the paper's network classifies."""
 
 
+class PrototypeContrast(Objective):
+    """Contrast of pixels with statistics of every class (SePiCo, arXiv 2204.08808; SPCL, arXiv 2111.12358)."""
+
+    start: int = Field(3000, ge=0)
+    """First step at which the term is active; source features are collected from this step on."""
+    statistics: Literal["distribution", "mean", "bank"] = "distribution"
+    """What a pixel is compared with: mean and variance of each class, the mean alone, or a bank of the means that the
+    latest batches had."""
+    statistics_from: Literal["teacher", "student"] = "teacher"
+    """Whose features of source images are collected; the teacher's cost a forward pass more."""
+    running: Literal["count", "average"] = "count"
+    """Mean and variance of all pixels since `start`, or moving averages over batches; a bank needs neither."""
+    momentum: float = Field(0.999, ge=0, lt=1)
+    """Share that a moving average keeps in each batch with the class; it rises to it as 1 - 1/(batches + 1)."""
+    features: Literal["projection", "fused"] = "projection"
+    """The feature of a pixel: that of a head on all maps of the encoder, or the one that the classifier reads."""
+    projection_channels: int = Field(512, ge=1)
+    """Channels of the head."""
+    temperature: float = Field(100.0, ge=0.02)
+    """Divisor of the similarity of a pixel and a class."""
+    bank_length: int = Field(200, ge=1)
+    """Batch means of a class that a bank holds."""
+    label_share: float = Field(0.75, gt=0, le=1)
+    """A feature cell has a label if one class covers at least this share of its pixels."""
+    target_view: Literal["mixed", "strong target"] = "mixed"
+    """Where target pixels come from: class-mixed images, or strongly augmented target images, which are a view more."""
+    only_correct_source: bool = False
+    """Source pixels count, and are collected, only where the network predicts their label."""
+    uniformity_weight: float = 0.0
+    """Factor of a penalty on mean predictions that are far from uniform; -1 is what SePiCo's released code does."""
+
+
 class Objectives(Section):
     """The terms of the loss."""
 
@@ -214,3 +246,5 @@ class Objectives(Section):
     """Pre-training of the decoder on target images without labels; false switches it off."""
     clustering: Optional[Clustering] = None
     """Adversarial clustering of target regions and agreement of strong views (CDAC); false switches it off."""
+    prototype_contrast: Optional[PrototypeContrast] = None
+    """Contrast of pixels in source and target images with statistics of the classes; false switches it off."""

@@ -235,6 +235,19 @@ def test_target_view_is_the_target_with_its_pseudo_labels(batch: Batch) -> None:
     assert torch.equal(view.label, (torch.arange(32) % 3).expand(2, 24, 32))
 
 
+def test_strong_target_view_is_the_augmented_target_with_the_pseudo_labels_of_the_plain_one(batch: Batch) -> None:
+    teacher = StubTeacher()
+    views = views_of(batch, STRONG, wanted={"target", "strong target", "mixed"}, teacher=teacher)
+    strong, plain = views["strong target"], views["target"]
+    assert not torch.equal(strong.image, plain.image)
+    assert torch.equal(teacher.seen[0], plain.image) and len(teacher.seen) == 1
+    assert all(torch.equal(getattr(strong, k), getattr(plain, k)) for k in ("label", "weight", "probability", "truth"))
+    again = views_of(batch, STRONG, wanted={"strong target"})["strong target"]
+    assert equal(strong, again) and not equal(
+        strong, views_of(batch, STRONG, wanted={"strong target"}, step=1)[again.name]
+    )
+
+
 def test_global_generator_and_batch_stay_as_they_are(batch: Batch) -> None:
     before, copied = torch.get_rng_state(), copy.deepcopy(batch)
     masking = settings.Masking(with_source=True)

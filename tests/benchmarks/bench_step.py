@@ -59,7 +59,7 @@ def fuse_after_resizing(_run: Run) -> contextlib.AbstractContextManager[Any]:
     def fuse(unit: decoders.ConvUnit, maps: list[Tensor]) -> Tensor:
         return unit(torch.cat(decoders._to_finest(maps), dim=1).contiguous())
 
-    return patch.object(decoders, "_fuse_pointwise", fuse)
+    return patch.object(decoders, "fuse_pointwise", fuse)
 
 
 def average_one_by_one(_run: Run) -> contextlib.AbstractContextManager[Any]:

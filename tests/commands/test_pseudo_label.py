@@ -162,7 +162,7 @@ def test_per_class_thresholds_are_medians(checkpoint: Path, data: Index) -> None
         if i not in predicted:
             assert thresholds[name] is None
             continue
-        median = np.quantile(confidence[label == i], 0.5, method="lower")  # of an even number, the lower one
+        median = np.median(confidence[label == i])
         assert thresholds[name] == pytest.approx(min(median, 0.9), abs=0.002)
         assert (written[label == i] != IGNORE).mean() >= 0.5
         levels = np.rint(confidence * np.float32(255))
@@ -220,11 +220,28 @@ def test_memory_is_bounded_in_every_pass(
 
 
 def test_median_of_levels() -> None:
-    histogram = torch.zeros(4, 256, dtype=torch.int64)
+    histogram = torch.zeros(6, 256, dtype=torch.int64)
     histogram[0, [51, 102, 153]] = torch.tensor([5, 1, 5])  # the middle one of 11
     histogram[1, [51, 255]] = torch.tensor([1, 3])  # capped
     histogram[2, 204] = 1
-    assert compute_thresholds(histogram) == [pytest.approx(0.4), 0.9, pytest.approx(0.8), None]
+    histogram[4, [51, 153]] = torch.tensor([5, 5])  # between the two in the middle
+    histogram[5, [51, 102, 153]] = 1  # of three, not the largest
+    assert compute_thresholds(histogram) == [pytest.approx(p) if p else None for p in (0.4, 0.9, 0.8, None, 0.4, 0.4)]
+
+
+@pytest.mark.reference
+def test_thresholds_as_the_reference(golden: Any) -> None:
+    """The consistent form, with the true median; each confidence that occurs is a level."""
+    tensors, description = golden("20_proto/p14_spcl_class_threshold")
+    bound = description["tolerance_demanded"]["bounds"]["consistent.thresholds"]["float64_max_abs"]
+    confidence, label = tensors["in.logits"].double().softmax(dim=1).max(dim=1)
+    levels, place = confidence.unique(return_inverse=True)
+    histogram = torch.zeros(19, len(levels), dtype=torch.int64)
+    histogram.index_put_((label.flatten(), place.flatten()), torch.tensor(1), accumulate=True)
+    thresholds = torch.tensor([value or 0.0 for value in compute_thresholds(histogram, levels)], dtype=torch.float64)
+    assert (thresholds - tensors["out64_consistent.thresholds"]).abs().max() <= bound
+    kept = label.masked_fill(confidence < thresholds[label], IGNORE)
+    assert torch.equal(kept, tensors["out_consistent.pseudo_labels"].long())
 
 
 @pytest.mark.parametrize("per_class", [False, True])

@@ -196,15 +196,23 @@ TWO_RESOLUTIONS = {
     "objectives": {"masked": {}, "pixel_contrast": {"size": 7, "weighter_dim": 8}},
 }
 DECAYED_ANCHORS = {
-    "objectives": {"anchor_contrast": {"anchors": 4, "projection_dim": 8, "min_probability": 0}},
+    "objectives": {
+        "anchor_contrast": {"anchors": 4, "projection_dim": 8, "min_probability": 0},
+        "prototype_contrast": {"start": 1, "projection_channels": 8, "target_view": "strong target"},
+    },
     "optimizer": {"layer_decay": 0.9},
 }
 MEMORY = {"start": 1, "projection_channels": 8, "memory": 6, "anchors": 8, "hardest": 4, "mixed_pairs": 3, "pushed": 2}
+BANK = {"start": 0, "statistics": "bank", "bank_length": 2, "statistics_from": "student", "features": "fused"}
 MICRO_BATCHES = {
     "model": {"freeze_batch_norm": True},
     "data": {"batch_size": 3},
     "training": {"micro_batch": 2},
-    "objectives": {"memory_contrast": MEMORY, "clustering": {"start": 1, "threshold": 0.2, "ramp_steps": 3}},
+    "objectives": {
+        "memory_contrast": MEMORY,
+        "clustering": {"start": 1, "threshold": 0.2, "ramp_steps": 3},
+        "prototype_contrast": BANK,
+    },
 }
 
 

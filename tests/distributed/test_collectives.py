@@ -55,6 +55,13 @@ CLUDA = {
             "pushed": 3,
         },
         "clustering": {"threshold": 0.2, "top": 2, "ramp_steps": 2},
+        "prototype_contrast": {
+            "start": 0,
+            "projection_channels": 8,
+            "temperature": 1.0,
+            "label_share": 0.3,
+            "uniformity_weight": 0.5,
+        },
     },
 }
 MIC = {
@@ -69,6 +76,7 @@ MIC = {
         "anchor_contrast": False,  # 2 x 2 cells hold no two anchors of a class
         "memory_contrast": False,
         "clustering": False,
+        "prototype_contrast": {"statistics": "bank", "statistics_from": "student", "target_view": "strong target"},
     },
 }
 
@@ -78,7 +86,7 @@ VIEWS = {
     "mixing": {"tail": {"share": 1.0}},  # no class of the tiny data is rare
     "objectives": {
         "source": {"hard_pixels": False}, "feature_distance": False, "pixel_contrast": False, "anchor_contrast": False,
-        "memory_contrast": False, "clustering": False,
+        "memory_contrast": False, "clustering": False, "prototype_contrast": False,
         "zero_style": {"band": 1},
         "global_contrast": {"parts": 2, "projection_channels": 8},
         "local_contrast": {"region": 1, "projection_channels": 8},

@@ -34,3 +34,12 @@ def test_its_weights_are_state_that_no_optimizer_moves() -> None:
     other.load_state_dict(holder.state_dict())
     assert torch.equal(other.average(inputs), holder.average(inputs))
     assert next(holder.double().average.buffers()).dtype == torch.float64
+
+
+def test_batch_norms_normalise_with_its_inputs_and_forget_them() -> None:
+    module, inputs = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), torch.randn(5, 3)
+    average = MovingAverage(module)
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    outputs = average(inputs)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in module.named_buffers())
+    assert torch.equal(outputs, module(inputs))

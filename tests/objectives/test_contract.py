@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cluda_cli import settings
 from cluda_cli.adaptation.teacher import FrozenTeacher
-from cluda_cli.adaptation.views import Seen, View, make_target
+from cluda_cli.adaptation.views import Domain, Seen, View, make_target
 from cluda_cli.data.labels import CITYSCAPES, ClassTable
 from cluda_cli.errors import SettingsError
 from cluda_cli.models.boxes import Boxes
@@ -48,6 +48,7 @@ READS_OUTPUT = {
     "memory_contrast": ({"features"}, {"features"}),
     "distilled": ({"logits"}, {"logits", "detail logits"}),
     "relation_distillation": ({"features"}, {"features"}),
+    "prototype_contrast": (MAPS, MAPS),
 }
 # Sizes that suit maps so small.
 SMALL: dict[str, Any] = {
@@ -144,7 +145,12 @@ class EarlierTeacher:
         return student_output(seed=9)
 
 
-EARLIER = SimpleNamespace(step=9, teacher=EarlierTeacher(), notes={})
+def earlier_source() -> Domain:
+    view = make_view("source")
+    return Domain(view.image, view.label, view.weight, view.probability, torch.ones_like(view.label, dtype=torch.bool))
+
+
+EARLIER = SimpleNamespace(step=9, source=earlier_source(), teacher=EarlierTeacher(), notes={})
 
 
 def change(seen: list[Seen], output: Callable[[Output], Output] = lambda o: o, **fields: Any) -> list[Seen]:
@@ -336,10 +342,12 @@ def test_what_is_saved() -> None:
     one, other = objectives(2), objectives(2)
     memory = {f"memory_contrast.{name}" for name in ("head", "average", "memory", "pointer", "length")}
     heads = {f"{name}.head" for name in ("anchor_contrast", "global_contrast", "local_contrast")}
-    state = heads | {"clustering.steps"} | memory
+    prototypes = {f"prototype_contrast.{name}" for name in ("head", "average", "known")}
+    state = heads | {"clustering.steps"} | memory | prototypes
     assert {".".join(name.split(".")[:2]) for name in one.state_dict()} == state | {"pixel_contrast.weighter"}
     assert {".".join(name.split(".")[:2]) for name in objectives(1).state_dict()} == state
-    for name in ("pixel_contrast", "anchor_contrast", "memory_contrast", "global_contrast", "local_contrast"):
+    learning = ["pixel_contrast", "anchor_contrast", "memory_contrast", "prototype_contrast"]
+    for name in (*learning, "global_contrast", "local_contrast"):
         seen = see(one[name].reads[0], 2)
         assert one[name](*seen) != other[name](*seen)
         one[name](*seen).backward()

@@ -38,8 +38,8 @@ class PrototypeContrast(Objective):
     which knows nothing, gives 0. Features have length 1. The term of a view is the mean of the pixels' losses by their
     weights, over all ranks. With two resolutions pixels are cells of the context.
 
-    `channels` are those of the encoder's maps, `fused` those of the fused feature. With statistics of the teacher, the
-    head that makes features has a moving average, as the teacher is one of the student.
+    `channels` are those of the encoder's maps, `fused` those of the fused feature. The head that makes the features of
+    the statistics is a moving average, as the teacher is one of the student; with statistics of the student, a copy.
     """
 
     settings: settings.PrototypeContrast
@@ -52,7 +52,7 @@ class PrototypeContrast(Objective):
         projected, averaged = section.features == "projection", section.running == "average"
         size = section.projection_channels if projected else fused
         self.head = Projection(channels, size) if projected else None
-        self.average = MovingAverage(self.head) if self.head and section.statistics_from == "teacher" else None
+        self.average = MovingAverage(self.head) if self.head else None
         self.known: Bank | Running = (
             Bank(num_classes, size, section.bank_length)
             if section.statistics == "bank"
@@ -90,22 +90,22 @@ class PrototypeContrast(Objective):
         return value * (collectives.all_reduce_sum(weight.sum()) > 0)
 
     def update(self, scene: Scene, seen: Sequence[Seen]) -> None:
-        """Take in the source features of the step, the teacher's or those that the student had before it moved."""
-        source, head = scene.source, self.head
-        if self.average is not None:
-            self.average.update(ema_decay(scene.step + 1, scene.teacher.decay))
-            head = self.average
+        """Take in the source features of the step: the teacher's, or what the student made of the source view."""
+        source, decay = scene.source, 0.0
         found = [(output, view.label) for output, view in seen if view.name == "source"]
         if self.settings.statistics_from == "teacher":
+            decay = ema_decay(scene.step + 1, scene.teacher.decay)
             found = [(scene.teacher.output(source.image, keep_statistics=False), source.label)]
+        if self.average is not None:
+            self.average.update(decay)
         with torch.autocast(source.image.device.type, enabled=False):
-            rows = [self._collect(output, label, head) for output, label in found]
+            rows = [self._collect(output, label) for output, label in found]
             features, label = (torch.cat(parts) for parts in zip(*rows, strict=True))
             self.known.update(batch_statistics(features, label, len(self.known.count)))
 
-    def _collect(self, output: Output, label: Tensor, head: nn.Module | None) -> tuple[Tensor, Tensor]:
+    def _collect(self, output: Output, label: Tensor) -> tuple[Tensor, Tensor]:
         """Features N D of source images and their labels N, from ground truth B H W."""
-        maps = make_features(output, head)
+        maps = make_features(output, self.average)
         label = downscale_label(label, maps.shape[2:], self.settings.label_share, len(self.known.count))
         if self.settings.only_correct_source:
             label = leave_out_wrong(label, output.logits)

@@ -262,6 +262,17 @@ def test_the_head_of_the_teacher_is_a_moving_average() -> None:
         torch.testing.assert_close(own, old + (1 - decay))
 
 
+def test_the_head_of_the_student_is_copied_for_its_statistics() -> None:
+    objective, seen = build(features="projection", statistics_from="student"), see()
+    with torch.no_grad():
+        for parameter in objective.head.parameters():
+            parameter += 0.1
+    update(objective, seen)
+    label = seen.view.label[:, ::STRIDE, ::STRIDE].flatten()
+    features = objective.head(seen.output.encoder).detach().movedim(1, -1).flatten(0, 2)
+    torch.testing.assert_close(objective.known.mean, batch_statistics(features, label, CLASSES).mean)
+
+
 def test_settings_say_what_is_kept_and_read() -> None:
     assert build().reads == (("source",), ("mixed",))
     assert build(target_view="strong target").reads == (("source",), ("strong target",))

@@ -12,7 +12,7 @@ from cluda_cli.settings import Settings
 METHODS = [
     "source-only", "dacs", "daformer", "daformer-cluda", "daformer-mic", "hrda", "hrda-cluda", "mic", "mic-cluda",
     "dlv2", "dlv2-cluda", "swin-cluda", "dinov2-cluda", "dinov2-small", "daformer-zero-style", "daformer-mochi",
-    "distill", "pretrain-global", "pretrain-local",
+    "distill", "pretrain-global", "pretrain-local", "daformer-semantic-negatives",
     "sepico", "spcl",
 ]  # fmt: skip
 OVERLAYS = ["small", "demo", "synthia", "acdc", "dark-zurich", "tail-mixing", "crops-640"]
@@ -72,6 +72,7 @@ def test_an_overlay_switches_nothing_on(method, overlay):
         ("daformer-zero-style", "feature_distance mixed zero_style"),
         ("daformer-mochi", "feature_distance memory_contrast mixed"),
         ("distill", "distilled relation_distillation"),
+        ("daformer-semantic-negatives", "feature_distance mixed semantic_negatives"),
         ("pretrain-global", "global_contrast"),
         ("pretrain-local", "local_contrast"),
         ("sepico", "feature_distance mixed prototype_contrast"),

@@ -148,7 +148,7 @@ class Scene:
         return View(name, shown.image, shown.label, shown.weight, shown.probability, boxes, truth=shown.truth)
 
 
-WITHOUT_TEACHER = frozenset({"source", "styleless source", "first jittered", "second jittered"})
+WITHOUT_TEACHER = frozenset({"source", "styleless source", "first jittered", "second jittered", "restyled", "swapped"})
 """Names of the views that no pseudo-label goes into."""
 
 Maker = Callable[[Scene], View]

@@ -21,7 +21,7 @@ def synthetic_source() -> Index:
     """A labelled dataset with the classes of Cityscapes, as frequent as in synthetic labels; it has no files."""
     classes = ClassTable(CITYSCAPES)
     pixels = {train_id: round(10**6 * (train_id + 1) ** -UNEVENNESS) for train_id in range(len(classes))}
-    item = Item("", "", (1, 1), pixels)
+    item = Item("no image", "no label", (1, 1), pixels)
     return Index("synthetic", Path(), Path(), classes, {"train": (item,)})
 
 

@@ -24,6 +24,7 @@ from cluda_cli.objectives.objective import Objective
 from cluda_cli.objectives.pixel_contrast import PixelContrast
 from cluda_cli.objectives.prototype_contrast import PrototypeContrast
 from cluda_cli.objectives.relation_distillation import RelationDistillation
+from cluda_cli.objectives.semantic_negatives import SemanticNegatives
 from cluda_cli.objectives.zero_style import ZeroStyle
 
 
@@ -79,6 +80,9 @@ def build_objectives(
         chosen["prototype_contrast"] = PrototypeContrast(
             s.prototype_contrast, len(classes), student.encoder.channels, fused
         )
+    if s.semantic_negatives:
+        fused = student.decoder.classifiers()[0].in_channels
+        chosen["semantic_negatives"] = SemanticNegatives(s.semantic_negatives, fused)
     return nn.ModuleDict(chosen)
 
 

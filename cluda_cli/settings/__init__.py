@@ -231,6 +231,8 @@ class Settings(Section):
             problems.append("evaluation.stride is larger than evaluation.window, which leaves gaps between windows")
         if self.masking.with_source and self.objectives.masked and self.data.batch_size < 2:
             problems.append("masking.with_source needs a data.batch_size of 2 or more")
+        if self.objectives.semantic_negatives and self.data.batch_size < 2:
+            problems.append("objectives.semantic_negatives needs a data.batch_size of 2 or more")
         if set(self.model.freeze) == {"encoder", "decoder", "head"}:
             problems.append("model.freeze leaves nothing of the network to learn; name at most two parts")
         shares = self.data.source_shares

@@ -134,6 +134,25 @@ class RelationDistillation(Objective):
     """Share of a prototype that a step keeps."""
 
 
+class SemanticNegatives(Objective):
+    """Features of a region survive a change of look, and change once its class is swapped (CLINE, arXiv 2107.00440)."""
+
+    weight: float = Field(0.05, ge=0)
+    """Factor of the term in the total loss."""
+    temperature: float = Field(0.5, ge=0.02)
+    """Divisor of the cosine similarity of regions."""
+    regions: int = Field(3, ge=1)
+    """Regions of an image that are swapped, at most."""
+    max_share: float = Field(0.1, gt=0, le=1)
+    """Largest share of the crop that a region covers."""
+    seam: float = Field(1.0, gt=0)
+    """Standard deviation of the blur of a region's outline, pixels."""
+    jitter_strength: float = Field(0.2, ge=0, le=0.5)
+    """Strength of the jitter of restyled images, as `mixing.jitter_strength`."""
+    learned_weights: bool = False
+    """Weigh the contrast of regions and the change head by learned log-variances; false adds them."""
+
+
 class JitteredContrast(Objective):
     """What contrasts of two jittered views of target images have in common."""
 
@@ -248,3 +267,5 @@ class Objectives(Section):
     """Adversarial clustering of target regions and agreement of strong views (CDAC); false switches it off."""
     prototype_contrast: Optional[PrototypeContrast] = None
     """Contrast of pixels in source and target images with statistics of the classes; false switches it off."""
+    semantic_negatives: Optional[SemanticNegatives] = None
+    """Contrast of restyled and swapped regions of source images, and a change head; false switches it off."""

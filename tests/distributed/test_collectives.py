@@ -90,6 +90,7 @@ VIEWS = {
         "zero_style": {"band": 1},
         "global_contrast": {"parts": 2, "projection_channels": 8},
         "local_contrast": {"region": 1, "projection_channels": 8},
+        "semantic_negatives": {"max_share": 0.9, "learned_weights": True},
     },
 }  # fmt: skip
 

@@ -44,6 +44,7 @@ READS_OUTPUT = {
     "anchor_contrast": ({"features"}, {"features"}),
     "global_contrast": ({"map 3"}, {"map 3"}),
     "local_contrast": ({"features"}, {"features"}),
+    "semantic_negatives": ({"features"}, {"features"}),
     "zero_style": ({"logits"}, {"logits", "detail logits"}),
     "memory_contrast": ({"features"}, {"features"}),
     "distilled": ({"logits"}, {"logits", "detail logits"}),
@@ -124,6 +125,8 @@ def make_view(name: str, resolutions: int = 1) -> View:
     label = torch.tensor([13, 10, 11])[torch.arange(side) // (24 * resolutions)].expand(2, side, side).clone()
     label[1, side // 2 :] = 13
     label[:, : side // 2, : side // 2] = 255
+    if name == "swapped":
+        label[:, 3 * side // 4 :, side // 2 :] = 5
     weight, probability = (torch.full((2, side, side), 1.0 if name == "source" else value) for value in (0.5, 0.97))
     shapes = ((3, side, side), (19, side, side), (6, CELL, CELL))
     image, logits, guide = (torch.randn(2, *shape, generator=generator) for shape in shapes)
@@ -341,13 +344,13 @@ def test_what_is_saved() -> None:
     """
     one, other = objectives(2), objectives(2)
     memory = {f"memory_contrast.{name}" for name in ("head", "average", "memory", "pointer", "length")}
-    heads = {f"{name}.head" for name in ("anchor_contrast", "global_contrast", "local_contrast")}
+    heads = {f"{name}.head" for name in ("anchor_contrast", "global_contrast", "local_contrast", "semantic_negatives")}
     prototypes = {f"prototype_contrast.{name}" for name in ("head", "average", "known")}
     state = heads | {"clustering.steps"} | memory | prototypes
     assert {".".join(name.split(".")[:2]) for name in one.state_dict()} == state | {"pixel_contrast.weighter"}
     assert {".".join(name.split(".")[:2]) for name in objectives(1).state_dict()} == state
     learning = ["pixel_contrast", "anchor_contrast", "memory_contrast", "prototype_contrast"]
-    for name in (*learning, "global_contrast", "local_contrast"):
+    for name in (*learning, "global_contrast", "local_contrast", "semantic_negatives"):
         seen = see(one[name].reads[0], 2)
         assert one[name](*seen) != other[name](*seen)
         one[name](*seen).backward()

@@ -206,6 +206,13 @@ def average_gradients(tensors: Sequence[Tensor]) -> None:
             bucket = []
 
 
+def broadcast_buffers(module: nn.Module) -> None:
+    """Give all ranks the buffers of rank 0, such as the running statistics that each rank has of its own images."""
+    for buffer in module.buffers() if world_size() > 1 else ():
+        with _raise_rank_lost():
+            dist.broadcast(buffer, src=0)
+
+
 def any_rank(flag: bool) -> bool:
     """Whether it is true on any rank; all ranks must call it."""
     return bool(all_reduce_any(torch.tensor(flag)))

@@ -32,8 +32,9 @@ def score(
     """Score a network on the labelled images of a split.
 
     `classes` are the network's; the dataset's are matched to them by name. `seen` names those that occur in the source
-    labels. Images are resized to fit `box`. The network is on `device`. With several processes, each takes its share of
-    the images, and all get the scores of all images.
+    labels. Images are resized to fit `box`. The network is on `device`. With several processes, all take the buffers of
+    the first, whose network is the one that is saved; each takes its share of the images, and all get the scores of all
+    images.
 
     Raises DataError if the split has no labels. Raises DataError that names the file if a label does not fit its image
     or holds an id that the dataset does not have, EnvironmentProblem that names it if memory runs out.
@@ -42,6 +43,7 @@ def score(
     if not items:
         without = len(index.split(split))
         raise DataError(f'the {without} images of split "{split}" have no labels', index.folder, "take another --split")
+    collectives.broadcast_buffers(network)
     confusion = Confusion(len(index.classes), len(classes), device=device)
 
     def read(item: Item) -> tuple[ResizedImage, tuple[Item, Tensor]]:

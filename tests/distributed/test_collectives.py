@@ -129,7 +129,10 @@ def with_biases(settings, path):
 
 @pytest.mark.slow
 def test_two_processes_compute_what_one_does(tiny_settings, tmp_path, monkeypatch, start_forked):
-    """Terms, gradients, parameters, buffers, teacher, moments and scores, replicated and sharded."""
+    """Terms, gradients, parameters, buffers, teacher, moments and scores, replicated and sharded.
+
+    The scores are those of the first process's running statistics, which are the ones that a run saves.
+    """
     worker = runpy.run_path(str(WORKER))
     monkeypatch.setitem(VARIANTS, "mit_b0", worker["NARROW"])
     cluda = with_biases(changed(tiny_settings, CLUDA), tmp_path / "biased.safetensors")

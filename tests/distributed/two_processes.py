@@ -11,14 +11,15 @@ from unittest.mock import patch
 import torch
 
 from cluda_cli import presets
-from cluda_cli.data.index import find
+from cluda_cli.data.index import Index, find
 from cluda_cli.data.streams import batches
 from cluda_cli.distributed import collectives
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.step import training_step
 from cluda_cli.inference.scoring import score
 from cluda_cli.models.mit import VARIANTS, Variant
-from cluda_cli.settings import Settings
+from cluda_cli.models.segmenter import Segmenter
+from cluda_cli.settings import Decoder, Model, Settings
 
 Tensors = dict[str, torch.Tensor]
 NARROW = Variant((8, 8, 20, 32), (1, 1, 1, 2))
@@ -41,13 +42,34 @@ def outcome(settings: Settings) -> dict[str, Any]:
             found[f"terms {i}"] = dict(training_step(run, batch).terms)
             found |= {f"{part} {i}": tensors for part, tensors in state(run).items()}
     if not settings.training.shard:  # FSDP2 does not let the type change
-        network, box = run.student.to(torch.float32), settings.data.target_box
-        scores = score(
-            network, target, split="val", classes=run.classes, seen=run.seen, box=box, evaluation=settings.evaluation,
-            device=run.device,
-        )  # fmt: skip
-        found["confusion"] = {"counts": scores.confusion.counts}
+        networks = {"student": run.student.to(torch.float32), "norms": with_statistics(len(run.classes))}
+        found["confusion"] = {name: count(run, network, target) for name, network in networks.items()}
     return found
+
+
+def with_statistics(num_classes: int) -> Segmenter:
+    """A network with batch norms whose running statistics are others in each process."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        decoder = Decoder(embed_dim=8, channels=8)
+        network = Segmenter(Model(encoder="mobilenetv2_050", weights=False, decoder=decoder), num_classes)
+        torch.nn.init.normal_(network.decoder.conv_seg.weight, std=20)
+        torch.manual_seed(collectives.rank())
+        for buffer in network.buffers():
+            if buffer.is_floating_point():
+                buffer.add_(torch.rand_like(buffer))
+    return network
+
+
+def count(run: Run, network: Segmenter, target: Index) -> torch.Tensor:
+    """Pixels of the val split by label and prediction."""
+    settings = run.settings
+    scores = score(
+        network, target, split="val", classes=run.classes, seen=run.seen, box=settings.data.target_box,
+        evaluation=settings.evaluation, device=run.device,
+    )  # fmt: skip
+    assert (scores.confusion.counts.sum(0) > 0).sum() > 1 or network is run.student
+    return scores.confusion.counts
 
 
 def state(run: Run) -> dict[str, Tensors]:

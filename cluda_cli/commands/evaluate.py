@@ -81,7 +81,7 @@ def evaluate(
 def _print(scores: Scores, title: str) -> None:
     """Print a table with a column for each protocol. `-` stands for a class that is left out or has no pixels."""
     protocols = scores.protocols()
-    rows = [[name] + [_format_cell(p["classes"][name]) for p in protocols.values()] for name in scores.classes.names]
+    rows = [[name] + [_format_cell(p["iou"][name]) for p in protocols.values()] for name in scores.classes.names]
     for label, key in MEANS.items():
         rows.append([label, *(_format_cell(p[key]) if key in p else "" for p in protocols.values())])
     console.result_table(title, ["class", *protocols], rows)

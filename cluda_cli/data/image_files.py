@@ -14,7 +14,7 @@ import os
 import stat
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +44,9 @@ _TURNS = {
 _PNG = b"\x89PNG\r\n\x1a\n"
 _ORIENTED_TEXT = {b"Raw profile type exif", b"XML:com.adobe.xmp", b"exif", b"xmp"}
 """Keywords of PNG texts in which Pillow looks for an orientation."""
+_TEXTS = {b"iTXt", b"tEXt", b"zTXt"}
 _LONGEST_KEYWORD = 80  # bytes, with the zero that ends it
+_NO_PIXELS = b"\0\0\0\0IDAT\x35\xaf\x06\x1e" + b"\0\0\0\0IEND\xae\x42\x60\x82"  # the end of a PNG
 
 
 class DeepImage(DataError):  # noqa: N818  it names what is wrong, as its parent does
@@ -81,9 +83,9 @@ class Header:
 def read_header(path: Path) -> Header:
     """Read the head of an image file, without its pixels. Raises DataError if it is no image of FORMATS."""
     with _opened(path) as image:
-        if image.format == "PNG" and scan_png(path).late_text:  # behind the pixels; Pillow finds it by decoding
-            image.load()
         orientation, depth = _read_orientation(image), _read_depth(image, path)
+        if image.format == "PNG" and (late := scan_png(path).late):
+            orientation = _read_late_orientation(path, late)
         scaled = _read_largest(image) not in {255, 65535} or (image.format, image.mode) == ("PNG", "L") and depth < 8
         width, height = image.size
         if orientation >= 5 and image.format != "TIFF":  # Pillow turns TIFF files itself
@@ -133,25 +135,29 @@ class PngChunks:
 
     whole: bool
     """Whether its last chunk is there."""
-    late_text: bool
-    """Whether a chunk that may hold an orientation follows the pixels."""
+    late: tuple[slice, ...]
+    """Where in the file everything before the pixels lies, then each chunk behind them that may hold an orientation;
+    empty without such chunks."""
 
 
 def scan_png(path: Path) -> PngChunks:
     """Step through the chunks of a PNG without reading more of them than the keywords of texts."""
-    late_text = seen_pixels = False
-    position = len(_PNG)
+    late = list[slice]()
+    pixels, position, kind = 0, len(_PNG), b""
     with path.open("rb", buffering=0) as file:
-        while file.seek(position) and len(head := file.read(8)) == 8:
+        while kind != b"IEND" and file.seek(position) and len(head := file.read(8)) == 8:
             length, kind = struct.unpack(">I4s", head)
-            if kind == b"IEND":
-                return PngChunks(True, late_text)
-            seen_pixels |= kind == b"IDAT"
-            if seen_pixels and kind in {b"iTXt", b"tEXt", b"zTXt"}:
-                late_text |= file.read(_LONGEST_KEYWORD).partition(b"\0")[0] in _ORIENTED_TEXT
-            late_text |= seen_pixels and kind == b"eXIf"
+            if kind == b"IDAT":
+                pixels = pixels or position
+            elif pixels and (kind == b"eXIf" or kind in _TEXTS and _read_keyword(file) in _ORIENTED_TEXT):
+                late.append(slice(position, position + length + 12))
             position += length + 12
-    return PngChunks(False, late_text)
+    return PngChunks(kind == b"IEND", (slice(0, pixels), *late) if late else ())
+
+
+def _read_keyword(file: io.RawIOBase) -> bytes:
+    """That of a text whose chunk begins here."""
+    return (file.read(_LONGEST_KEYWORD) or b"").partition(b"\0")[0]
 
 
 def has_end(path: Path) -> bool:
@@ -202,6 +208,22 @@ def _read_orientation(image: ImageFile.ImageFile) -> int:
     except Exception:  # broken EXIF does not spoil the picture
         return 1
     return value if isinstance(value, int) and value in _TURNS else 1
+
+
+def _read_late_orientation(path: Path, late: Sequence[slice]) -> int:
+    """The orientation of a PNG that has it behind the pixels, where Pillow looks only after it has decoded them.
+
+    The same file without pixels tells it at once.
+    """
+    with path.open("rb") as file:
+        parts = [file.read(part.stop - part.start) for part in late if file.seek(part.start) == part.start]
+    try:
+        with Image.open(io.BytesIO(b"".join(parts) + _NO_PIXELS), formats=("PNG",)) as image:
+            return _read_orientation(image)
+    except (OSError, SyntaxError, ValueError):  # of a broken chunk; decoding survives some
+        with _opened(path) as image:
+            image.load()
+            return _read_orientation(image)
 
 
 def _read_depth(image: ImageFile.ImageFile, path: Path) -> int:

@@ -134,7 +134,7 @@ class Index:
         return index
 
     def check_files(self) -> None:
-        """Compare sizes and times of all images and train-id maps with those at the time of `cluda prepare`.
+        """Compare sizes and times of all images and train-id maps with those at the time when the dataset was made.
 
         Reads no file. Raises DataError if one is missing or has another size; warns if only times differ, as after a
         copy.
@@ -150,12 +150,12 @@ class Index:
                 elif now != then:
                     retimed += 1
         if changed:
-            what = f"{len(changed)} files changed since `cluda prepare`, such as {changed[0]}"
+            what = f"{len(changed)} files changed since the dataset was made, such as {changed[0]}"
             raise DataError(what, self.folder, f"run `{_name_command(self.folder)}` again")
         if retimed:
             console.warn(
-                f"{self.name}: {retimed} files have another time than at `cluda prepare` and the same size: copied, or "
-                f"changed? `{_name_command(self.folder)}` compares them"
+                f"{self.name}: {retimed} files have another time than when the dataset was made and the same size: "
+                f"copied, or changed? if in doubt, run `{_name_command(self.folder)}` again"
             )
 
 
@@ -187,7 +187,7 @@ def _name_command(folder: Path) -> str:
     """The command that prepares a folder again."""
     name, prepared = folder.name, folder.parent
     if prepared.name != "prepared":
-        return "cluda prepare` or `cluda pseudo-label"
+        return "cluda pseudo-label --overwrite" if (folder / "confidence").is_dir() else "cluda prepare"
     what = "demo" if name in DEMO_NAMES else name if name in PUBLISHED_NAMES else "DESCRIPTION.toml"
     return f"cluda prepare {what} --data-root {shlex.quote(str(prepared.parent))}"
 

@@ -153,9 +153,9 @@ class Scores:
         """
         result = {"all": self._means(self.seen)}
         result["all"] |= {"miou_all_classes": round_percent(self._average(self.confusion.iou, self.names))}
-        result["all"] |= {"classes": self._round_iou(self.seen)}
+        result["all"] |= {"iou": self._round_iou(self.seen)}
         for protocol, names in PROTOCOLS.items() if self.classes.is_cityscapes else ():
-            result[protocol] = self._means(names) | {"classes": self._round_iou(names)}
+            result[protocol] = self._means(names) | {"iou": self._round_iou(names)}
         return result
 
     def _means(self, names: Collection[str]) -> dict[str, Any]:

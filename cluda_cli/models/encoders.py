@@ -96,7 +96,7 @@ def load_pretrained(encoder: nn.Module, model: settings.Model) -> LoadReport | N
     if model.weights is False:
         return None
     file = locate(model.weights, model.encoder)
-    match = match_encoder(encoder.state_dict(), read_tensors(file.path), model.encoder)
+    match = match_encoder(encoder.state_dict(), read_tensors(file.path), model.encoder, file.path)
     matched, mismatched = len(match.fitting), tuple(match.mismatched)
     total = matched + len(mismatched) + len(match.missing)
     report = LoadReport(

@@ -96,13 +96,13 @@ def test_json_has_exactly_the_documented_keys_and_exact_values(
     ]  # fmt: skip
     protocols = found["protocols"]
     assert {name: set(value) for name, value in protocols.items()} == {
-        "all": {"miou", "miou_common_pixels", "miou_all_classes", "classes"},
-        "16": {"miou", "miou_common_pixels", "classes"},
-        "13": {"miou", "miou_common_pixels", "classes"},
+        "all": {"miou", "miou_common_pixels", "miou_all_classes", "iou"},
+        "16": {"miou", "miou_common_pixels", "iou"},
+        "13": {"miou", "miou_common_pixels", "iou"},
     }  # fmt: skip
     iou = expected.iou
     seen = torch.tensor([name in SEEN for name in CITY.names])
-    assert protocols["all"]["classes"] == {
+    assert protocols["all"]["iou"] == {
         name: round_percent(100 * value) if name in SEEN else None
         for name, value in zip(CITY.names, iou.tolist(), strict=True)
     }
@@ -113,7 +113,7 @@ def test_json_has_exactly_the_documented_keys_and_exact_values(
     without = round_percent(100 * common.iou[seen].nanmean().item())
     assert [protocols[name]["miou_common_pixels"] for name in ("all", "16")] == [without] * 2
     assert without != protocols["all"]["miou"] and protocols["13"]["miou_common_pixels"] != protocols["13"]["miou"]
-    assert protocols["16"]["classes"]["train"] is None and protocols["13"]["classes"]["wall"] is None
+    assert protocols["16"]["iou"]["train"] is None and protocols["13"]["iou"]["wall"] is None
     assert found["pixel_accuracy"] == round_percent(100 * expected.pixel_accuracy)
     assert found["mean_accuracy"] == round_percent(100 * expected.accuracy[seen].nanmean().item())
 
@@ -167,7 +167,7 @@ def test_classes_that_only_one_side_has_are_told(
     evaluate(checkpoint, device="cpu", as_json=True, confusion=tmp_path / "new" / "confusion.json")
     text, talk = capsys.readouterr()
     found = json.loads(text)
-    scored = {name for name, value in found["protocols"]["all"]["classes"].items() if value is not None}
+    scored = {name for name, value in found["protocols"]["all"]["iou"].items() if value is not None}
     assert scored == set(names)
     assert "unicorn" in talk and "not scored: sidewalk, building" in talk and found["target_private"] == ["unicorn"]
     matrix = json.loads((tmp_path / "new" / "confusion.json").read_text())

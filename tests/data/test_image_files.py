@@ -44,14 +44,42 @@ def test_every_orientation_is_turned_upright(tmp_path: Path, suffix: str, orient
     assert header.stored_size == (16, 24)
 
 
-def test_an_orientation_behind_the_pixels_of_a_png_is_found_without_decoding_others(tmp_path: Path) -> None:
-    Image.fromarray(SCENE).save(tmp_path / "plain.png")
-    content = (tmp_path / "plain.png").read_bytes()
-    assert not scan_png(tmp_path / "plain.png").late_text
-    late = chunk(b"eXIf", exif(6).tobytes().removeprefix(b"Exif\0\0"))
-    (tmp_path / "late.png").write_bytes(content[:-12] + late + content[-12:])
-    assert read_header(tmp_path / "late.png").size == (24, 16)
+RAW_EXIF = exif(6).tobytes().removeprefix(b"Exif\0\0")
+XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+def add_behind_pixels(path: Path, *chunks: bytes) -> None:
+    Image.fromarray(SCENE).save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[:-12] + b"".join(chunks) + content[-12:])
+
+
+@pytest.mark.parametrize(
+    "late",
+    [
+        chunk(b"eXIf", RAW_EXIF),
+        chunk(b"tEXt", b"date:create\x002026-01-01") + chunk(b"eXIf", RAW_EXIF),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP),
+        chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n 8\n" + RAW_EXIF.hex().encode())),
+    ],
+    ids=["exif", "text, exif", "xmp", "raw profile"],
+)
+def test_an_orientation_behind_the_pixels_of_a_png_is_found_without_decoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bytes
+) -> None:
+    add_behind_pixels(tmp_path / "late.png", late)
     assert read_pixels(tmp_path / "late.png").shape == (24, 16, 3)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("decoded"))
+    header = read_header(tmp_path / "late.png")
+    assert (header.size, header.orientation) == ((24, 16), 6)
+
+
+def test_a_broken_chunk_behind_the_pixels_leaves_what_decoding_finds(tmp_path: Path) -> None:
+    whole, broken = chunk(b"eXIf", RAW_EXIF), chunk(b"iTXt", b"XML:com.adobe.xmp\0" + XMP)[:-4] + b"oops"
+    add_behind_pixels(tmp_path / "a.png", whole, broken)
+    header = read_header(tmp_path / "a.png")
+    assert header.size == read_pixels(tmp_path / "a.png").shape[:2]
+    assert scan_png(tmp_path / "a.png").whole
 
 
 @pytest.mark.parametrize(
@@ -62,13 +90,11 @@ def test_an_orientation_behind_the_pixels_of_a_png_is_found_without_decoding_oth
         (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0", True),
     ],
 )
-def test_only_texts_that_may_hold_an_orientation_cost_decoding(
+def test_only_texts_that_may_hold_an_orientation_are_read(
     tmp_path: Path, kind: bytes, content: bytes, oriented: bool
 ) -> None:
-    Image.fromarray(SCENE).save(tmp_path / "a.png")
-    whole = (tmp_path / "a.png").read_bytes()
-    (tmp_path / "a.png").write_bytes(whole[:-12] + chunk(kind, content) + whole[-12:])
-    assert scan_png(tmp_path / "a.png").late_text == oriented
+    add_behind_pixels(tmp_path / "a.png", chunk(kind, content))
+    assert len(scan_png(tmp_path / "a.png").late) == 2 * oriented
 
 
 @pytest.mark.parametrize("function", [read_pixels, load_image])

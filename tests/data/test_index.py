@@ -160,7 +160,7 @@ def test_files_that_changed_since_they_were_prepared_are_noticed(
     assert capsys.readouterr().err == ""
     os.utime(index.image_path(items[0]), (1, 1))
     index.check_files()
-    assert "1 files have another time than at `cluda prepare` and the same size" in capsys.readouterr().err
+    assert "1 files have another time than when the dataset was made and the same size" in capsys.readouterr().err
     index.label_path(items[1]).write_bytes(b"1234")
     with pytest.raises(DataError, match=r"1 files changed .*b\.png \(5 bytes then, 4 now\) -> run `cluda prepare"):
         index.check_files()

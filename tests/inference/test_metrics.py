@@ -118,17 +118,17 @@ def test_synthia_protocols_average_exactly_their_classes() -> None:
     assert protocols["all"]["miou_all_classes"] == pytest.approx(protocols["16"]["miou"] * 16 / 19, abs=0.01)
     assert scores.target_private == ("terrain", "truck", "train")
     for protocol in protocols.values():
-        assert list(protocol["classes"]) == list(CITY.names)
-        assert all(protocol["classes"][name] is None for name in unseen)  # never 0
-    left_out = {name for name, value in protocols["13"]["classes"].items() if value is None}
+        assert list(protocol["iou"]) == list(CITY.names)
+        assert all(protocol["iou"][name] is None for name in unseen)  # never 0
+    left_out = {name for name, value in protocols["13"]["iou"].items() if value is None}
     assert left_out == {*unseen, "wall", "fence", "pole"}
 
 
 def test_class_of_a_protocol_counts_there_even_if_the_source_lacked_it() -> None:
     seen = tuple(name for name in SYNTHIA_SEEN if name != "bus")
     protocols = scores_of(dict.fromkeys(SYNTHIA_SEEN, 1.0) | {"bus": 0.0}, seen).protocols()
-    assert protocols["16"]["miou"] == 93.75 and protocols["16"]["classes"]["bus"] == 0
-    assert protocols["all"]["miou"] == 100 and protocols["all"]["classes"]["bus"] is None
+    assert protocols["16"]["miou"] == 93.75 and protocols["16"]["iou"]["bus"] == 0
+    assert protocols["all"]["miou"] == 100 and protocols["all"]["iou"]["bus"] is None
 
 
 def test_absent_class_is_left_out_of_every_mean() -> None:
@@ -136,7 +136,7 @@ def test_absent_class_is_left_out_of_every_mean() -> None:
     assert scores.miou == 75
     protocols = scores.protocols()
     assert [protocols[name]["miou"] for name in ("all", "16", "13")] == [75, 75, 75]
-    assert protocols["all"]["classes"]["train"] is None
+    assert protocols["all"]["iou"]["train"] is None
     assert math.isnan(scores.iou_by_name()["train"])
 
 
@@ -144,7 +144,7 @@ def test_class_that_the_labels_cannot_have_is_not_scored() -> None:
     scores = scores_of({"road": 1.0, "sky": 0.5}, defined=("road", "sky"))
     scores.confusion.counts[0, 11] = 100  # road taken for person
     assert scores.miou == 50  # road 50, sky 50; person has no IoU, though it was predicted
-    assert scores.protocols()["all"]["classes"]["person"] is None
+    assert scores.protocols()["all"]["iou"]["person"] is None
 
 
 def hand_counted() -> Scores:
@@ -165,7 +165,7 @@ def test_pixels_of_classes_that_the_source_never_shows_are_errors_or_left_out() 
     assert (everything["miou"], everything["miou_common_pixels"]) == (18.75, 25.0)
     rider = 1 / (2 + 3 - 1)
     assert everything["miou_all_classes"] == pytest.approx(100 * (6 / 16 + 0 + rider + 0) / 4, abs=0.006)
-    assert everything["classes"] == {"road": 37.5, "car": 0.0, "rider": None}
+    assert everything["iou"] == {"road": 37.5, "car": 0.0, "rider": None}
     assert scores.iou_by_name() == {"road": 37.5, "car": 0.0, "rider": 25.0}
 
 

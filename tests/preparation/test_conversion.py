@@ -92,6 +92,23 @@ def test_the_journal_keeps_whole_lines_only(tmp_path: Path) -> None:
     assert read_journal(tmp_path / "none.jsonl") == {}
 
 
+def test_a_journal_of_an_earlier_version_is_not_read(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither its outcomes, nor the train-id maps that it vouches for, nor the index that was made from them."""
+    folder = dataset.root / "prepared"
+    scan = scan_files(dataset, folder)
+    made = convert_missing(scan, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(conversion, "VERSION", conversion.VERSION - 1)
+        earlier = scan_files(dataset, folder)
+    wrong = Outcome((2, 3), {0: 6}, ())
+    (folder / "journal.jsonl").write_text("".join(format_line(key, wrong) for key in earlier.keys))
+    Image.new("L", (3, 2), 1).save(scan.label_path(PAIR))
+    assert earlier.inputs != scan.inputs
+    assert convert_missing(scan, 1) == made
+    assert np.array_equal(np.asarray(Image.open(scan.label_path(PAIR))), [[0, 0, 1], [1, 1, 1]])
+    assert read_journal(folder / "journal.jsonl") == made
+
+
 def test_a_scan_names_files_and_changes_with_them(dataset: Dataset) -> None:
     folder = dataset.root / "prepared"
     scan = conversion.scan_files(dataset, folder)

@@ -73,7 +73,7 @@ def one_network(tensors: Mapping[str, Tensor], network: str, encoder: str, path:
             parts[PARTS.get(prefix, "")][name.removeprefix(prefix)] = tensor
     if not (parts["encoder."] and parts["decoder."]):
         raise _no_network(named, path)
-    parts["encoder."] = to_encoder_names(parts["encoder."], encoder)
+    parts["encoder."] = to_encoder_names(parts["encoder."], encoder, path)
     parts["decoder."] = _from_segformer_head(parts["decoder."])
     return Published({part + name: tensor for part, inner in parts.items() for name, tensor in inner.items()}, left_out)
 

@@ -74,14 +74,16 @@ def named_tensors(content: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def to_encoder_names(tensors: Mapping[str, Tensor], encoder: str) -> Mapping[str, Tensor]:
-    """Strip prefixes, and rename the layouts that timm cannot read."""
+def to_encoder_names(tensors: Mapping[str, Tensor], encoder: str, path: Path) -> Mapping[str, Tensor]:
+    """Strip prefixes, and rename the layouts that timm cannot read.
+
+    Raises DataError, naming `path`, if that makes two names one.
+    """
     named: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         short = _strip(name)
         if short in named:
-            message = f"several tensors are named {short} but for their prefix"
-            raise DataError(message, "model.weights", "give one network's file")
+            raise DataError(f"several tensors are named {short} but for their prefix", path, "give one network's file")
         named[short] = tensor
     if {"stem.7.weight", "layer1.0.conv1.weight"} <= named.keys():
         # open-mmlab's ResNet-C has the last batch norm of its stem inside of it.
@@ -128,13 +130,13 @@ def _names_of_whole(encoder: str) -> set[str]:
         return {flat(name) for name in timm.create_model(encoder).state_dict()}
 
 
-def match_encoder(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], encoder: str) -> Match:
-    """Match the tensors of a published encoder to the state of ours, in the layout that fits best.
+def match_encoder(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], encoder: str, path: Path) -> Match:
+    """Match the tensors of a published encoder, read from `path`, to the state of ours, in the layout that fits best.
 
     Counters of batch norms, the classifier and what timm's network has before it are left out of account.
     """
     own = {name: tensor for name, tensor in own.items() if not name.endswith(COUNTER)}
-    named = to_encoder_names(tensors, encoder)
+    named = to_encoder_names(tensors, encoder, path)
     best = match_names(own, named, key=flat)
     if len(best.fitting) < len(own):
         other = match_names(own, from_authors(named, encoder), key=flat)

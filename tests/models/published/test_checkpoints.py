@@ -103,6 +103,10 @@ def test_two_networks_that_differ_in_a_known_prefix_are_refused():
     names = published_names(state_of(DAFORMER), multires=False)
     with pytest.raises(DataError, match="several tensors have one name but for their prefix"):
         one_network(names | prefixed(names, "net."), "student", "mit_b0", FILE)
+    encoder = {name: tensor for name, tensor in names.items() if name.startswith("backbone.")}
+    with pytest.raises(DataError, match="several tensors are named .* but for their prefix") as caught:
+        one_network(names | prefixed(encoder, "backbone."), "student", "mit_b0", FILE)
+    assert caught.value.where == str(FILE)
 
 
 def test_weights_of_cluda_need_no_import():

@@ -60,7 +60,7 @@ def test_the_installed_package_fills_the_encoder_without_a_hub(no_hub):
 def test_every_tensor_of_the_package_is_used_and_every_one_of_the_network_filled(no_hub):
     tensors = read_tensors(locate("imagenet", "tf_efficientnet_lite0").path)
     network = timm.create_model("tf_efficientnet_lite0")
-    named = to_encoder_names(tensors, "tf_efficientnet_lite0")
+    named = to_encoder_names(tensors, "tf_efficientnet_lite0", Path("file.pth"))
     assert len(named) == len(tensors) == 296
     network.load_state_dict(named, strict=True)
 
@@ -154,7 +154,7 @@ def test_the_dependency_is_the_version_whose_hash_is_checked():
 def test_a_file_of_a_larger_one_is_renamed_too(encoder):
     network = timm.create_model(encoder)
     theirs = _count_all_blocks(network.state_dict())
-    renamed = to_encoder_names(theirs, encoder)
+    renamed = to_encoder_names(theirs, encoder, Path("file.pth"))
     assert theirs.keys().isdisjoint(renamed) and renamed.keys() == network.state_dict().keys()
     assert all(tensor is theirs[name] for name, tensor in zip(theirs, renamed.values(), strict=True))
 

@@ -166,7 +166,9 @@ def test_open_mmlab_resnet101_fills_the_dilated_encoder():
     with torch.device("meta"):
         encoder = build_encoder(Model(encoder="resnet101c", output_stride=8))
         published = {name: torch.empty(shape) for name, shape in _resnet_c_names().items()}
-    renamed = to_encoder_names({"backbone." + name: tensor for name, tensor in published.items()}, "resnet101c")
+    renamed = to_encoder_names(
+        {"backbone." + name: tensor for name, tensor in published.items()}, "resnet101c", Path("file.pth")
+    )
     found = {name: tuple(tensor.shape) for name, tensor in renamed.items() if not name.startswith("fc.")}
     assert found == {n.removeprefix("network."): tuple(t.shape) for n, t in encoder.state_dict().items()}
 
@@ -315,8 +317,9 @@ def test_weights_of_another_network(tmp_path):
 def test_two_networks_in_one_file(mit_state, tmp_path):
     path = tmp_path / "both.pth"
     torch.save(_prefixed(mit_state, "backbone.") | _prefixed(mit_state, "encoder."), path)
-    with pytest.raises(DataError, match="several tensors"):
+    with pytest.raises(DataError, match="several tensors") as caught:
         load_pretrained(build_encoder(Model(encoder="mit_b0")), Model(encoder="mit_b0", weights=str(path)))
+    assert caught.value.where == str(path)
 
 
 class _Code:

@@ -20,7 +20,7 @@ FOLDER = _PACKAGE / "presets" if (_PACKAGE / "presets").is_dir() else _PACKAGE.p
 DEEPEST = 20
 """Keys of the dotted path of a setting; the tree of settings is less deep."""
 LONGEST_SHOWN = 200
-"""Characters of a wrong value that a message shows."""
+"""Characters of a wrong value, or of the path of a wrong key, that a message shows."""
 SHOWN_RUNS = 5
 """Other runs that a message names."""
 
@@ -161,9 +161,9 @@ def _find_unwritable(value: Any, path: str = "") -> list[str]:
     if isinstance(value, list | tuple):
         return [line for i, item in enumerate(value) for line in _find_unwritable(item, f"{path}.{i}")]
     if isinstance(value, int) and abs(value) >= 2**63:
-        return [f"{path}: is too large a number"]
+        return [f"{path[:LONGEST_SHOWN]}: is too large a number"]
     if isinstance(value, str) and ("\0" in value or not _is_unicode(value)):
-        return [f"{path}: holds characters that are no text"]
+        return [f"{path[:LONGEST_SHOWN]}: holds characters that are no text"]
     return []
 
 
@@ -235,10 +235,11 @@ def _on_by_default(dotted: str) -> bool:
 def _explain(problem: Any) -> str:
     """One line for one pydantic error, with a suggestion for a misspelt key."""
     # Union members and validators are no part of what a user wrote.
-    inner = {"str", "int", "float", "bool"}
-    location = tuple(str(p) for p in problem["loc"] if str(p) not in inner and "[" not in str(p))
-    path = ".".join(location)
-    if problem["type"] == "extra_forbidden":
+    inner, parts = {"str", "int", "float", "bool"}, [str(part) for part in problem["loc"]]
+    unknown = problem["type"] == "extra_forbidden"  # then the last part is the user's, whatever it looks like
+    location = tuple(p for i, p in enumerate(parts) if (unknown and i == len(parts) - 1) or p not in inner and "[" not in p)
+    path = ".".join(location)[:LONGEST_SHOWN]
+    if unknown:
         return f"{path}: no such setting{_suggestion(location)}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{path}: {message}, got {repr(problem['input'])[:LONGEST_SHOWN]}" if path else message

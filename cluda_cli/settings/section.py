@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 T = TypeVar("T")
 
@@ -43,3 +43,13 @@ Margins = tuple[
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_switch(cls, value: Any, info: ValidationInfo) -> Any:
+        """True and false are no numbers, though pydantic takes them for 1 and 0."""
+        is_number = cls.model_fields[str(info.field_name)].annotation in (int, float)
+        values = value if isinstance(value, list | tuple) else [value] if is_number else []
+        if any(isinstance(item, bool) for item in values):
+            raise ValueError("true and false are no numbers")
+        return value

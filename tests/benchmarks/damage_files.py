@@ -2,21 +2,24 @@
 
     python tests/benchmarks/damage_files.py --count 1000 --seed 0
 
-Files: index, journal and manifest of a prepared dataset; settings, manifest, metrics, state and weights of a run.
-Damage: bytes flipped, the end cut off, or one value of the content replaced by a hostile one and written again. A
+Files: index, journal, manifest and cache of a prepared dataset; settings, manifest, metrics, state and weights of a
+run. Damage: bytes flipped, the end cut off, or one value of the content replaced by a hostile one and written again. A
 reader may refuse with one of cluda's errors, or may read a content that is still valid. It must not end with another
-exception (a traceback for the user). Flipped and cut state and weights, which have a checksum, must not be used with
-another content, and a change of the settings must be announced (a silent use otherwise). The exit code counts both.
+exception (a traceback for the user). What a checksum covers must not be used with another content: flipped and cut
+state, weights and journal, all of an index but its name, and what `prepare` makes again from a damaged manifest. A
+change of the settings must be announced. Otherwise the use is silent. The exit code counts both.
 """
 
 import argparse
 import contextlib
 import io
 import json
+import os
 import random
 import sys
 import tempfile
 import traceback
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,7 +33,9 @@ from safetensors.torch import load_file, save_file
 from cluda_cli import console, presets
 from cluda_cli.commands.prepare import prepare
 from cluda_cli.commands.train import train
-from cluda_cli.data.index import find, seen_classes
+from cluda_cli.data.frames import Frames
+from cluda_cli.data.index import find, read_stamp, seen_classes
+from cluda_cli.data.sampling import Crop
 from cluda_cli.engine.folder import RunFolder
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.state_file import load_state
@@ -44,6 +49,7 @@ HOSTILE: tuple[Callable[[], Any], ...] = (
     str, lambda: "x", lambda: "a\0b", lambda: "../../etc", lambda: "\ud800", lambda: "[/n]\x1b[2J", lambda: "9" * 5000,
     list, lambda: [[]], lambda: [1, 2], dict, lambda: {"x": {}}, lambda: json.loads("[" * 90 + "]" * 90),
 )  # fmt: skip
+ALWAYS_CHECKED = ("index.json", "cache.json", "manifest.json")
 Reader = Callable[[], str]
 
 
@@ -54,7 +60,7 @@ class Damage:
         make_workplace(folder, images=4)
         data = folder / "data"
         for name in ("one", "two"):
-            prepare(str(folder / f"{name}.toml"), data, workers=1)
+            prepare(str(folder / f"{name}.toml"), data, workers=1, cache="24x40")
         options = {"data": {"root": str(data)}, "training": {"steps": 2, "validate_every": 1, "pictures_every": 0}}
         settings = presets.load([str(folder / "tiny.toml")], options)
         self.files = RunFolder(folder / "run")
@@ -66,6 +72,7 @@ class Damage:
             one / "index.json": self._read_index,
             one / "journal.jsonl": lambda: self._prepare(folder / "one.toml", data),
             one / "manifest.json": lambda: self._prepare(folder / "one.toml", data),
+            one / "cache" / "24x40" / "cache.json": self._read_cache,
             self.files.settings: lambda: presets.resume(self.files.path, {}, []).model_dump_json(),
             self.files.manifest: self._resume,
             self.files.metrics: self._resume,
@@ -73,20 +80,28 @@ class Damage:
             self.files.best: self._read_weights,
         }
         self.kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        self.stamps = {path: read_stamp(path) for path in self.kept}
         self.expected = {path: reader() for path, reader in self.readers.items()}
         self.restore()
 
     def restore(self) -> None:
-        for path, content in self.kept.items():
-            if not path.is_file() or path.read_bytes() != content:
-                path.write_bytes(content)
+        for path, stamp in self.stamps.items():
+            if read_stamp(path) != stamp:
+                path.write_bytes(self.kept[path])
+                os.utime(path, ns=(stamp[1], stamp[1]))
 
     def _read_index(self) -> str:
         index = find("one", self.source.folder.parent.parent)
-        return f"{index.fingerprint} {seen_classes([index])} {[index.image_path(i).name for i in index.split('train')]}"
+        index.check_files()
+        return f"{index.fingerprint} {seen_classes([index])} {[index.image_path(i) for i in index.split('train')]}"
 
     def _prepare(self, description: Path, data: Path) -> str:
+        (self.source.folder / "index.json").unlink()  # otherwise there is nothing to do
         return prepare(str(description), data, workers=1)[0].fingerprint
+
+    def _read_cache(self) -> str:
+        frames, whole = Frames(self.source, (24, 40)), Crop(0, 0, 24, 40)
+        return checksum([[frames.image(i, whole), frames.label(i)] for i in self.source.split("train")])
 
     def _resume(self) -> str:
         self.files.resume(self.run, self.files.read_saved([self.source], self.target))
@@ -127,11 +142,18 @@ def edit(path: Path, draw: random.Random) -> None:
     elif path.suffix == ".jsonl":
         lines = path.read_text(encoding="utf-8").splitlines()
         number = draw.randrange(len(lines))
-        lines[number] = json.dumps(replace_one(json.loads(lines[number]), hostile, draw))
+        lines[number] = edit_line(lines[number], hostile, draw)
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     else:
         content = json.loads(path.read_text(encoding="utf-8"))
         path.write_text(json.dumps(replace_one(content, hostile, draw)), encoding="utf-8")
+
+
+def edit_line(line: str, hostile: Any, draw: random.Random) -> str:
+    """Replace one value of a line. In a journal, the checksum before it is that of the new content."""
+    start = line.index("{" if line.startswith("{") else "[")
+    text = json.dumps(replace_one(json.loads(line[start:]), hostile, draw))
+    return f"{zlib.crc32(text.encode()):08x} {text}" if start else text
 
 
 def replace_one(content: Any, value: Any, draw: random.Random) -> Any:
@@ -180,8 +202,10 @@ def judge(damage: Damage, path: Path, kind: str, talk: io.StringIO) -> str:
         return "same content"
     if path == damage.files.settings:
         return "announced" if "resuming with another" in talk.getvalue() else "silent"
-    checked = path in (damage.files.state, damage.files.best) and kind != "edit"
-    return "silent" if checked else "valid content"
+    if path.name in ALWAYS_CHECKED:
+        return "silent"
+    checked = path in (damage.files.state, damage.files.best) or path.name == "journal.jsonl"
+    return "silent" if checked and kind != "edit" else "valid content"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -56,7 +56,7 @@ target_box = false
 workers = 0
 batch_size = 2
 [model]
-encoder = "mobilenetv2_050"
+encoder = "test_efficientnet"
 weights = false
 [model.decoder]
 embed_dim = 8

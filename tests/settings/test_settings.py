@@ -64,6 +64,17 @@ def test_contradictions_are_refused(tree, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "tree",
+    [{"training": {"steps": True}}, {"optimizer": {"power": False}}, {"data": {"crop": [True, 64]}},
+     {"objectives": {"masked": {"weight": False}}}, {"model": {"decoder": {"dilations": [1, False]}}}],
+    ids=str,
+)  # fmt: skip
+def test_true_and_false_are_no_numbers(tree):
+    with pytest.raises(SettingsError, match="true and false are no numbers, got"):
+        presets.validate(tree)
+
+
 def test_evaluation_windows_follow_the_crop_unless_set():
     small = presets.load(["hrda", "small"])
     assert (small.inference.window, small.inference.stride) == ((240, 320), (120, 160))

@@ -30,7 +30,12 @@ from cluda_cli.data.index import Index
 from cluda_cli.engine.state_file import load_state
 from cluda_cli.inference.checksum import checksum
 
-VERBS = ("prepare", "train", "pseudo-label", "predict")
+MADE = {
+    "prepare": "data/prepared/one", "cache": "data/prepared/two/cache", "train": "runs/tiny", "pseudo-label": "pseudo",
+    "predict": "out", "eval": "scores", "import-weights": "imported",
+}  # fmt: skip
+"""Verb -> the folder that it makes; cache is `prepare --cache`."""
+VERBS = tuple(MADE)
 LONGEST = 600.0
 """Seconds after which a call counts as hanging."""
 DESCRIPTION = """
@@ -89,6 +94,14 @@ def make_workplace(folder: Path, images: int = 12) -> None:
     (folder / "tiny.toml").write_text(SETTINGS, encoding="utf-8")
 
 
+def publish(weights: Path, path: Path) -> None:
+    """Write weights under the names of published checkpoints."""
+    renamed = {"encoder": "backbone.", "decoder": "decode_head."}
+    tensors = load_file(weights)
+    parts = {name: name.partition(".") for name in tensors}
+    torch.save({"state_dict": {renamed[a] + c: tensors[n] for n, (a, _, c) in parts.items()}}, path)
+
+
 def call(folder: Path, arguments: Sequence[str], log: Path) -> None:
     """What a child does: one call of the command line, its output into a file."""
     os.chdir(folder)
@@ -107,12 +120,13 @@ class Crashes:
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.moments = folder, random.Random(seed)
         self.context = get_context("forkserver")
-        self.context.set_forkserver_preload(["cluda_cli.commands." + name for name in ("train", "prepare")])
+        verbs = ("train", "prepare", "pseudo_label", "predict", "evaluate", "import_weights")
+        self.context.set_forkserver_preload([f"cluda_cli.commands.{verb}" for verb in verbs])
         self.seconds: dict[str, float] = {}
         make_workplace(folder / "whole")
         for verb in VERBS:
-            if verb == "train":  # which needs both domains
-                self._must_end(folder / "whole", ["prepare", "two.toml"])
+            if verb == "import-weights":
+                publish(folder / "whole" / MADE["train"] / "last.safetensors", folder / "whole" / "published.pth")
             began = time.monotonic()
             self._must_end(folder / "whole", self.arguments(verb, folder / "whole"))
             self.seconds[verb] = time.monotonic() - began
@@ -127,17 +141,20 @@ class Crashes:
             return ["train", "--preset", "tiny.toml", "--run", "runs/tiny", *go_on]
         return {
             "prepare": ["prepare", "one.toml", "--workers", "1"],
+            "cache": ["prepare", "two.toml", "--workers", "1", "--cache", "24x40"],
             "pseudo-label": ["pseudo-label", "--ckpt", weights, "--threshold", "0.4", "--out", "pseudo"],
             "predict": ["predict", "two/train/images", "--ckpt", weights, "--out", "out", "--output", "color"],
-        }[verb]
+            "eval": ["eval", "--ckpt", weights, "--confusion", "scores/confusion.json"],
+            "import-weights": ["import-weights", "published.pth", "--preset", "tiny.toml", "--overwrite", "--out",
+                               "imported/weights.safetensors"],
+        }[verb]  # fmt: skip
 
     def round(self, verb: str, kills: int) -> str:
         """Kill a verb so many times and let it finish. Returns what is wrong, empty if nothing is."""
         folder = self.folder / "parts"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(self.folder / "whole", folder)
-        made = {"prepare": "data/prepared/one", "train": "runs/tiny", "pseudo-label": "pseudo", "predict": "out"}[verb]
-        shutil.rmtree(folder / made)
+        shutil.rmtree(folder / MADE[verb])
         for _ in range(kills):
             code = self._run(folder, self.arguments(verb, folder), self.moments.uniform(0, self.seconds[verb]))
             if code not in (0, -9):
@@ -150,7 +167,7 @@ class Crashes:
             return f"exit code {code} after the kills: {self._said()}"
         if "Traceback" in self._said():
             return self._said()
-        return compare(self.folder / "whole" / made, folder / made)
+        return compare(self.folder / "whole" / MADE[verb], folder / MADE[verb])
 
     def _must_end(self, folder: Path, arguments: Sequence[str]) -> None:
         code = self._run(folder, arguments, LONGEST)

@@ -61,7 +61,7 @@ target_box = false
 workers = 0
 batch_size = 2
 [model]
-encoder = "test_efficientnet"
+encoder = "test_resnet"
 weights = false
 [model.decoder]
 embed_dim = 8

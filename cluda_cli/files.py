@@ -20,6 +20,7 @@ from cluda_cli.errors import SettingsError
 _UMASK = os.umask(0)  # reading it means setting it, which is not safe in threads: done once
 os.umask(_UMASK)
 _LOCK = ".cluda-lock"
+_LONGEST_NAME = 240  # bytes, before a number and a suffix; file systems take 255
 _TEMPORARY = re.compile(r"\.cluda-[a-z0-9_]{8}\.tmp(\..*)?")  # the letters are those of tempfile
 
 
@@ -181,6 +182,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_text(path: Path) -> str:
+    """UTF-8 text of a regular file. Raises OSError, also for a pipe or a device, which would be waited for."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    return path.read_text(encoding="utf-8")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically."""
     with atomic(path) as temporary:
@@ -193,12 +201,16 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
 
 
 def make_unique(names: Iterable[str]) -> Iterator[str]:
-    """Yield the names, and add a number to a name that repeats an earlier one. Upper and lower case are the same."""
+    """Yield the names, and add a number to a name that repeats an earlier one. Upper and lower case are the same.
+
+    A long name is cut before its number, so that it can be that of a file with a suffix.
+    """
     taken: set[str] = set()
     for name in names:
         unique, number = name, 1
         while unique.casefold() in taken:
             number += 1
-            unique = f"{name}-{number}"
+            folder, slash, last = name.rpartition("/")
+            unique = f"{folder}{slash}{os.fsencode(last)[:_LONGEST_NAME].decode('utf-8', 'ignore')}-{number}"
         taken.add(unique.casefold())
         yield unique

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from cluda_cli import console
 from cluda_cli.errors import SettingsError, first_line, nearest
+from cluda_cli.files import read_text
 from cluda_cli.settings import Settings
 
 _PACKAGE = Path(__file__).parent
@@ -135,7 +136,7 @@ def _read_last_used(folder: Path) -> Settings | None:
     settings.json may have been edited since. None if the manifest has none, as those of earlier versions.
     """
     try:
-        return validate(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["settings"])
+        return validate(json.loads(read_text(folder / "manifest.json"))["settings"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SettingsError):
         return None  # the run itself reports a damaged manifest
 
@@ -157,6 +158,8 @@ def validate(tree: dict[str, Any]) -> Settings:
 def _find_unwritable(value: Any, path: str = "") -> list[str]:
     """A line for each value that no setting can have: a huge number, or text that names no file."""
     if isinstance(value, dict):
+        if odd := [key for key in value if not _is_unicode(str(key))]:
+            return [f"{path or 'settings'}: a key holds characters that are no text: {ascii(odd[0])[:LONGEST_SHOWN]}"]
         return [line for key, item in value.items() for line in _find_unwritable(item, f"{path}.{key}".lstrip("."))]
     if isinstance(value, list | tuple):
         return [line for i, item in enumerate(value) for line in _find_unwritable(item, f"{path}.{i}")]
@@ -237,7 +240,9 @@ def _explain(problem: Any) -> str:
     # Union members and validators are no part of what a user wrote.
     inner, parts = {"str", "int", "float", "bool"}, [str(part) for part in problem["loc"]]
     unknown = problem["type"] == "extra_forbidden"  # then the last part is the user's, whatever it looks like
-    location = tuple(p for i, p in enumerate(parts) if (unknown and i == len(parts) - 1) or p not in inner and "[" not in p)
+    location = tuple(
+        p for i, p in enumerate(parts) if (unknown and i == len(parts) - 1) or p not in inner and "[" not in p
+    )
     path = ".".join(location)[:LONGEST_SHOWN]
     if unknown:
         return f"{path}: no such setting{_suggestion(location)}"

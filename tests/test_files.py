@@ -15,7 +15,17 @@ from typing import Any
 import pytest
 
 from cluda_cli.errors import SettingsError
-from cluda_cli.files import atomic, is_vacant, locked, make_unique, remove_temporaries, sha256, write_json, write_text
+from cluda_cli.files import (
+    atomic,
+    is_vacant,
+    locked,
+    make_unique,
+    read_text,
+    remove_temporaries,
+    sha256,
+    write_json,
+    write_text,
+)
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -163,6 +173,23 @@ def test_json_round_trips_and_refuses_nan(tmp_path: Path) -> None:
 def test_hash_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"cluda")
     assert sha256(tmp_path / "x") == hashlib.sha256(b"cluda").hexdigest()
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(OSError, match="not a regular file"):
+        read_text(tmp_path / "manifest.json")
+    with pytest.raises(FileNotFoundError):
+        read_text(tmp_path / "none.json")
+
+
+def test_repeated_long_names_are_those_of_files(tmp_path: Path) -> None:
+    for name in ("x" * 251, "ä" * 125, "below/" + "x" * 251, "\udce9" * 251):
+        unique = list(make_unique([name, name, name]))
+        assert len(set(unique)) == 3 and unique[0] == name
+        assert all(os.path.dirname(one) == os.path.dirname(name) for one in unique)
+        for one in unique:
+            write_text(tmp_path / f"{one}.png", "whole")
 
 
 def test_repeated_names_get_numbers_whatever_their_case() -> None:

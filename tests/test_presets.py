@@ -145,6 +145,19 @@ def test_a_broken_preset_file_is_named(tmp_path):
         presets.load([str(broken)])
 
 
+def test_a_byte_order_mark_is_read_over(tmp_path):
+    for name, text in (("x.toml", "training.steps = 7"), ("x.json", '{"training": {"steps": 7}}')):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert presets.load([str(tmp_path / name)]).training.steps == 7
+
+
+@pytest.mark.parametrize("name", ["str", "x[", "k" * 5000, "\ud800"])
+def test_an_odd_key_is_named_in_few_words(name):
+    with pytest.raises(SettingsError, match=r"no such setting|no text: '\\ud800'") as caught:
+        presets.validate({name: 1, "data": {name: 2}})
+    assert ascii(name)[1:100].rstrip("'") in str(caught.value) and len(str(caught.value)) < 1000
+
+
 @pytest.mark.parametrize("names", [[], ["source-only", "small"], ["dacs"], ["mic-cluda", "acdc"], ["hrda"], ["dlv2"]])
 def test_the_shown_settings_are_a_preset(names, tmp_path):
     shown = tmp_path / "shown.toml"

@@ -26,7 +26,7 @@ from cluda_cli.data.index import Index, Item, find, read_stamp
 from cluda_cli.data.labels import IGNORE
 from cluda_cli.data.transforms import read_image, read_label
 from cluda_cli.errors import SettingsError, name_out_of_memory, out_of_memory
-from cluda_cli.files import is_vacant, locked, make_unique, sha256, write_json
+from cluda_cli.files import is_vacant, locked, make_unique, read_text, sha256, write_json
 from cluda_cli.inference.device import pick_device
 from cluda_cli.inference.metrics import PIXELS_AT_ONCE, count_values
 from cluda_cli.inference.prefetch import HostCopy, prefetch, write_png
@@ -241,7 +241,7 @@ def _claim(out: Path, overwrite: bool) -> None:
 
 def _is_ours(out: Path) -> bool:
     try:
-        return bool(json.loads((out / "manifest.json").read_text(encoding="utf-8"))["kind"] == KIND)
+        return bool(json.loads(read_text(out / "manifest.json"))["kind"] == KIND)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 

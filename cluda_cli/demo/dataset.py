@@ -26,7 +26,7 @@ from cluda_cli.demo.objects import LABEL, Brush
 from cluda_cli.demo.scenes import draw_street
 from cluda_cli.demo.shading import make_noise, shade
 from cluda_cli.errors import DataError
-from cluda_cli.files import write_json
+from cluda_cli.files import read_text, write_json
 from cluda_cli.seeds import derive_seed
 
 VERSION = 3
@@ -72,8 +72,8 @@ def make_demo(folder: Path, seed: int = 0, counts: Mapping[str, Mapping[str, int
 def _read_marker(marker: Path) -> object:
     """The content of the marker; None if it cannot be read."""
     try:
-        return json.loads(marker.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return json.loads(read_text(marker))
+    except (OSError, ValueError, RecursionError):
         return None
 
 

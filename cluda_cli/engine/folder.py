@@ -27,7 +27,7 @@ from cluda_cli.engine.run import Run
 from cluda_cli.engine.sharding import gather_model_state
 from cluda_cli.engine.state_file import load_state, save_state
 from cluda_cli.errors import DataError, SettingsError, first_line
-from cluda_cli.files import is_vacant, locked, naming, write_json, write_text
+from cluda_cli.files import is_vacant, locked, naming, read_text, write_json, write_text
 from cluda_cli.inference.weights_file import NetworkDescription, save_weights
 
 
@@ -78,7 +78,7 @@ class RunFolder:
     def read_saved(self, sources: Sequence[Index], target: Index) -> Saved:
         """Read the manifest and the last saved state. Raises DataError if the data are not those the run began with."""
         try:
-            began = json.loads(self.manifest.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+            began = json.loads(read_text(self.manifest), parse_constant=_refuse_constant)
             used = [(str(data["name"]), data["fingerprint"]) for data in (*began["sources"], began["target"])]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             what = f"cannot be read ({first_line(error)})"

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/fuzz_commands.py --count 300 --seed 0 [--verb train]
 
-A line is one that a user could type over a small workplace of drawn data, and then, mostly, changed: an option left out,
-given twice, of another verb, or with a value that fits badly. The workplace has what users have: a folder without
-images, a broken picture, a text with the name of a picture, a pipe, a loop of links, a name that is not UTF-8, masks
+A line is one that a user could type over a small workplace of drawn data, and then, mostly, changed: an option added,
+left out, given twice, of another verb, or with a value that fits badly. The workplace has what users have: a folder
+without images, a broken picture, a text with the name of a picture, a pipe, a loop of links, a name that is not UTF-8, masks
 beside images, a damaged weights file. A call must
 
 - end with a documented exit code, within a time;
@@ -34,8 +34,10 @@ from fuzz_settings import draw_tree, spell
 from kill_verbs import make_workplace, publish
 from PIL import Image
 from safetensors.torch import load_file
+from typer.main import get_command
 
 from cluda_cli import presets
+from cluda_cli.cli import app
 from cluda_cli.data.image_files import has_end
 from cluda_cli.files import sha256
 
@@ -49,34 +51,33 @@ LINES = (
     "prepare one.toml", "prepare two.toml --check", "prepare two.toml --cache 24x40", "prepare masks.toml --skip-bad",
     "prepare broken.toml", "prepare gta --data-root data", "prepare demo --check", "prepare mixed.toml --workers 1",
     "train --preset tiny.toml --steps 1", "train --preset tiny.toml --run runs/tiny --resume --steps 3",
-    "train --preset tiny.toml --run runs/new --seed 3 --steps 1", "train --preset tiny.toml --run runs/tiny --overwrite --steps 1",
+    "train --preset tiny.toml --run runs/new --seed 3 --steps 1",
+    "train --preset tiny.toml --run runs/tiny --overwrite --steps 1",
     "train --preset tiny.toml --source one --source two --steps 1", "train --preset dacs --target two --resume",
     "train --preset runs/tiny/settings.json --run again --steps 1 --device cpu", "train --preset demo --data-root none",
     "bench --preset tiny.toml --steps 1 --json", "bench --preset tiny.toml --data --steps 1 --device cpu",
     f"eval --ckpt {WEIGHTS}", f"eval --ckpt {WEIGHTS} --json --dataset one --split train",
     f"eval --ckpt {WEIGHTS} --confusion scores/matrix.json", "eval --ckpt damaged.safetensors",
     f"predict two/val/images --ckpt {WEIGHTS} --out out", f"predict pictures --ckpt {WEIGHTS} --output color --json",
-    "predict two/**/*.png --output train-id --output confidence", f"predict pictures/0.png --ckpt {WEIGHTS} --out two/val",
+    "predict two/**/*.png --output train-id --output confidence",
+    f"predict pictures/0.png --ckpt {WEIGHTS} --out two/val",
     "predict two/val/images pictures/0.png --output overlay --out pictures",
     f"pseudo-label --ckpt {WEIGHTS} --threshold 0.4 --out pseudo", f"pseudo-label --ckpt {WEIGHTS} --per-class --json",
     f"pseudo-label --ckpt {WEIGHTS} --split val --dataset one --out pseudo --overwrite",
-    "import-weights published.pth --preset tiny.toml", "import-weights published.pth --preset tiny.toml --out w.safetensors",
+    "import-weights published.pth --preset tiny.toml",
+    "import-weights published.pth --preset tiny.toml --out w.safetensors",
     "import-weights damaged.pth --preset tiny.toml --overwrite --json", f"import-weights {WEIGHTS} --preset tiny.toml",
     "presets", "presets list", "presets show dacs small", "presets show tiny.toml --set training.seed=3", "--version",
 )  # fmt: skip
 VALUES = (
     "", " ", "-", "--", ".", "..", "missing", "empty", "pictures", "pictures/0.png", "pictures/text.png", "pipe", "loop",
-    "one", "one.toml", "tiny.toml", "broken.toml", "notes.txt", "runs", "runs/tiny", WEIGHTS, "runs/tiny/last.safetensors",
-    "damaged.safetensors", "damaged.pth", "published.pth", "/dev/null", "/dev/full", "two/train/images/*.PNG", "[z-a]*",
-    "two//val/**", "**", "x" * 300, "é" * 120, "caf\udce9", "[/n]", "[bold]", "a\nb", "\x1b[2J", "0", "-1", "1", "2.5", "nan",
-    "1e400", "9" * 400, "original", "24x40", "0x0", "cpu", "cuda:9", "demo", "dacs", "small", "val", "train", "teacher",
-    "label-id", "two", "data/prepared/one", "../two", "a=b", "training.seed=4", "data.crop=[8, 8]", "model.encoder=vit",
+    "one", "one.toml", "tiny.toml", "broken.toml", "notes.txt", "runs", "runs/tiny", WEIGHTS, "two", "damaged.pth",
+    "damaged.safetensors", "published.pth", "/dev/null", "/dev/full", "two/train/images/*.PNG", "[z-a]*", "two//val/**",
+    "**", "x" * 300, "é" * 120, "caf\udce9", "[/n]", "[bold]", "a\nb", "\x1b[2J", "0", "-1", "1", "2.5", "nan", "1e400",
+    "9" * 400, "original", "24x40", "0x0", "cpu", "cuda:9", "dacs", "small", "val", "train", "teacher", "label-id",
+    "data/prepared/one", "../two", "a=b", "training.seed=4", "data.crop=[8, 8]", "model.encoder=vit",
 )  # fmt: skip
-OPTIONS = (
-    "--json", "--check", "--resume", "--overwrite", "--skip-bad", "--per-class", "--data", "-h", "--help", "--preset",
-    "--set", "--out", "--ckpt", "--run", "--source", "--target", "--dataset", "--split", "--data-root", "--device",
-    "--threshold", "--output", "--confusion", "--cache", "--network", "--seed", "--steps", "--devices", "--workers", "--x",
-)  # fmt: skip
+COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 LEFT_ALONE = ("training.steps", "training.device", "data.workers", "model.encoder", "data.root")
 """Settings that decide how long a call takes."""
 
@@ -99,7 +100,7 @@ def furnish(folder: Path) -> None:
         'root = "beside"\n[ids]\n0 = "road"\n1 = "car"\n[splits.train]\nimages = "*.png"\nlabels = "*_mask.png"\n'
     )
     (folder / "mixed.toml").write_text(
-        'root = "two"\n[ids]\n0 = "road"\n1 = "car"\n[splits.train]\nimages = "**/images/*.jpg"\nlabels = "**/labels/*"\n'
+        'root = "two"\n[ids]\n0 = "road"\n1 = "car"\n[splits.train]\nimages = "**/*.jpg"\nlabels = "**/labels/*"\n'
     )
     (folder / "beside").mkdir()
     for i in range(3):
@@ -114,14 +115,14 @@ def draw_line(draw: random.Random, verb: str = "") -> list[str]:
     kinds = sorted({line[0] for line in lines})
     kind = draw.choice(kinds)
     line = list(draw.choice([line for line in lines if line[0] == kind]))
-    for _ in range(draw.choice((0, 1, 1, 2, 3))):
+    for _ in range(draw.choice((0, 0, 1, 1, 1, 2, 3))):
         place = draw.randrange(1, len(line) + 1)
         change = draw.random()
-        if change < 0.3:
-            line[place:place] = [draw.choice(OPTIONS), draw.choice(VALUES)][: draw.choice((1, 2))]
-        elif change < 0.4:
+        if change < 0.4:
+            line[place:place] = draw_option(draw, kind if draw.random() < 0.9 else "train")
+        elif change < 0.45:
             line[place : place + 1] = []
-        elif change < 0.75:
+        elif change < 0.7:
             line[place : place + 1] = [draw.choice(VALUES)]
         elif kind in {"train", "bench", "import-weights"}:
             given = presets.flatten(draw_tree(draw)).items()
@@ -131,6 +132,15 @@ def draw_line(draw: random.Random, verb: str = "") -> list[str]:
     if kind in {"train", "bench"} and "--steps" not in line:
         line += ["--steps", "1"]
     return [argument.replace("\0", "?") for argument in line]  # a shell cannot pass it
+
+
+def draw_option(draw: random.Random, kind: str) -> list[str]:
+    """An option of a command, with a value if it takes one."""
+    options = [p for p in COMMANDS[kind].params if p.param_type_name == "option"] if kind in COMMANDS else []
+    option = draw.choice(options) if options else None
+    if option is None or option.is_flag:
+        return [max(option.opts, key=len) if option else "--x"]
+    return [max(option.opts, key=len), draw.choice(VALUES)]
 
 
 def call(folder: Path, arguments: Sequence[str], logs: Path) -> None:
@@ -158,8 +168,10 @@ def is_input(name: str, arguments: Sequence[str]) -> bool:
     if name.startswith("runs/tiny/") and arguments[:1] == ["train"]:
         return False
     named = [argument.partition("=")[2] or argument for argument in arguments]
-    if "--overwrite" in arguments and arguments[:1] != ["train"] and any(name == os.path.normpath(n) for n in named if n):
-        return False
+    if "--overwrite" in arguments and arguments[:1] == ["import-weights"]:
+        named += [str(Path(argument).with_suffix(".safetensors")) for argument in named if argument.endswith(".pth")]
+        if any(name == os.path.normpath(argument) for argument in named):
+            return False
     return not name.startswith(("data/", "runs/tiny/pseudo-labels"))
 
 

@@ -3,8 +3,8 @@
     python tests/benchmarks/fuzz_settings.py --count 5000 --seed 0
 
 A tree has up to five settings, each with a value near its default, a value of another type, a hostile one, or a key
-that there is not. It comes as `--set` options, as a TOML preset or as the settings.json of a run that is resumed; a file
-may be damaged too. It must be refused with a SettingsError of a few short lines, or give settings that
+that there is not. It comes as `--set` options, as a TOML preset or as the settings.json of a run that is resumed; the
+text may be damaged too. It must be refused with a SettingsError of a few short lines, or give settings that
 
 - hold every plain value that was given, of the type that was given;
 - come back equal from the JSON and the TOML in which cluda writes them;
@@ -39,7 +39,20 @@ HOSTILE: tuple[Callable[[], Any], ...] = (
     lambda: json.loads("[" * 90 + "]" * 90),
 )  # fmt: skip
 KEYS = ("stepz", "", "Training", "ü", "x.y", "a b", "__class__", "\x1b[2J", "k" * 300)
-TEXTS = ("\ufeff", "= inf", "[" * 5000, "0x" + "f" * 5000, "1" * 5000, "\0", "\ud800", "'''", "{}", "[[data]]", "\r", "nan")
+TEXTS = (
+    "\ufeff",
+    "= inf",
+    "[" * 5000,
+    "0x" + "f" * 5000,
+    "1" * 5000,
+    "\0",
+    "\ud800",
+    "'''",
+    "{}",
+    "[[data]]",
+    "\r",
+    "nan",
+)
 LONGEST_LINE = 600
 """Characters; a wrong key is shown with the keys that there are."""
 Path_ = tuple[str, ...]
@@ -185,7 +198,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         found = run_all(options.count, options.seed, Path(folder))
-    print(f"{options.count} trees of settings: {', '.join(f'{number} {name}' for name, number in sorted(found.items()))}")
+    print(
+        f"{options.count} trees of settings: {', '.join(f'{number} {name}' for name, number in sorted(found.items()))}"
+    )
     return found["traceback"] + found["silent"] + found["wordy"]
 
 

@@ -17,6 +17,7 @@ from cluda_cli.commands.predict import OUTPUTS, find_images, find_newest_checkpo
 from cluda_cli.data.labels import CITYSCAPES, ClassTable, LabelClass
 from cluda_cli.data.transforms import read_image
 from cluda_cli.errors import DataError, SettingsError
+from cluda_cli.files import locked
 from cluda_cli.inference import sliding
 from cluda_cli.inference.sliding import image_logits
 from cluda_cli.inference.weights_file import NetworkDescription, save_weights
@@ -322,6 +323,12 @@ def test_broken_image_is_skipped_and_told_at_the_end(
     assert [image["input"] for image in found["images"]] == [str(tmp_path / "in" / f"{n}.png") for n in ("a", "c")]
     assert [failure["input"] for failure in found["failed"]] == [str(broken)] and found["failed"][0]["error"]
     assert str(broken) in talk
+
+
+def test_two_calls_do_not_write_into_one_folder(checkpoint: Path, tmp_path: Path) -> None:
+    save_picture(tmp_path / "a.png")
+    with locked(tmp_path / "out", ""), pytest.raises(SettingsError, match="another process"):
+        predict([str(tmp_path / "a.png")], checkpoint=checkpoint, out=tmp_path / "out", outputs=["color"], device="cpu")
 
 
 def test_folder_to_stdout_summary_to_stderr(

@@ -20,6 +20,7 @@ from cluda_cli.data.cache import choose_cache
 from cluda_cli.data.index import Index, find
 from cluda_cli.data.transforms import read_image
 from cluda_cli.errors import DataError, SettingsError
+from cluda_cli.files import locked
 from cluda_cli.preparation import conversion
 
 DESCRIPTION = """
@@ -94,6 +95,11 @@ def test_a_second_run_does_nothing(town: Path, capsys: pytest.CaptureFixture[str
     assert run(town) == first
     assert state(town.parent) == before
     assert "up to date (3 train, 1 val)" in capsys.readouterr().out
+
+
+def test_a_dataset_that_another_process_prepares_is_not_touched(town: Path) -> None:
+    with locked(town.parent / "data" / "prepared" / "town", ""), pytest.raises(SettingsError, match="another process"):
+        run(town)
 
 
 def test_only_what_changed_is_converted_again(town: Path) -> None:

@@ -5,6 +5,7 @@ from pydantic import ValidationError
 
 from cluda_cli import presets, settings
 from cluda_cli.data.transforms import fit_box
+from cluda_cli.errors import SettingsError
 
 SECTIONS = [m for m in vars(settings).values() if isinstance(m, type) and issubclass(m, settings.Section)]
 

@@ -6,6 +6,7 @@ import inspect
 import io
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +45,8 @@ def read_content(path: Path) -> Mapping[Any, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if damaged := _find_damage(path):
+            raise ValueError(f"the checksum of {damaged} is another")
         with torch.serialization.safe_globals([argparse.Namespace]):  # the options of timm's own training
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # a damaged byte may surface as anything
@@ -57,6 +60,14 @@ def read_content(path: Path) -> Mapping[Any, Any]:
             remedy = "fetch it again"
         raise DataError(message, path, remedy) from None
     return content if isinstance(content, Mapping) else {}
+
+
+def _find_damage(path: Path) -> str | None:
+    """The first part of a torch file, if it is a zip archive, that has another checksum; torch compares none."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as file:
+        return file.testzip()
 
 
 def named_tensors(content: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:

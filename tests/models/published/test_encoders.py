@@ -322,6 +322,15 @@ def test_two_networks_in_one_file(mit_state, tmp_path):
     assert caught.value.where == str(path)
 
 
+def test_a_flipped_bit_in_a_torch_file_is_noticed(mit_state, tmp_path):
+    torch.save(mit_state, tmp_path / "x.pth")
+    content = bytearray((tmp_path / "x.pth").read_bytes())
+    content[len(content) // 2] ^= 8  # in the middle of a tensor
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(DataError, match="damaged .the checksum of .* is another"):
+        read_tensors(tmp_path / "x.pth")
+
+
 class _Code:
     """Runs a command when it is unpickled."""
 

@@ -4,8 +4,8 @@
 
 A line is one that a user could type over a small workplace of drawn data, and then, mostly, changed: an option added,
 left out, given twice, of another verb, or with a value that fits badly. The workplace has what users have: a folder
-without images, a broken picture, a text with the name of a picture, a pipe, a loop of links, a name that is not UTF-8, masks
-beside images, a damaged weights file. A call must
+without images, a broken picture, a text with the name of a picture, a pipe, a loop of links, a name that is not UTF-8,
+masks beside images, a damaged weights file. A call must
 
 - end with a documented exit code, within a time;
 - say nothing but one error on stderr if it fails, none if it does not, in lines that can be read, without a traceback;
@@ -70,11 +70,11 @@ LINES = (
     "presets", "presets list", "presets show dacs small", "presets show tiny.toml --set training.seed=3", "--version",
 )  # fmt: skip
 VALUES = (
-    "", " ", "-", "--", ".", "..", "missing", "empty", "pictures", "pictures/0.png", "pictures/text.png", "pipe", "loop",
-    "one", "one.toml", "tiny.toml", "broken.toml", "notes.txt", "runs", "runs/tiny", WEIGHTS, "two", "damaged.pth",
-    "damaged.safetensors", "published.pth", "/dev/null", "/dev/full", "two/train/images/*.PNG", "[z-a]*", "two//val/**",
-    "**", "x" * 300, "é" * 120, "caf\udce9", "[/n]", "[bold]", "a\nb", "\x1b[2J", "0", "-1", "1", "2.5", "nan", "1e400",
-    "9" * 400, "original", "24x40", "0x0", "cpu", "cuda:9", "dacs", "small", "val", "train", "teacher", "label-id",
+    "", " ", "-", "--", ".", "..", "missing", "empty", "pictures", "pictures/0.png", "pictures/text.png", "pipe",
+    "loop", "one", "one.toml", "tiny.toml", "broken.toml", "notes.txt", "runs", "runs/tiny", WEIGHTS, "two",
+    "damaged.pth", "damaged.safetensors", "published.pth", "/dev/null", "/dev/full", "two/train/images/*.PNG", "[z-a]*",
+    "two//val/**", "**", "x" * 300, "é" * 120, "caf\udce9", "[/n]", "[bold]", "a\nb", "\x1b[2J", "0", "-1", "1", "2.5", "nan",
+    "1e400", "9" * 400, "original", "24x40", "0x0", "cpu", "cuda:9", "dacs", "small", "val", "train", "teacher", "label-id",
     "data/prepared/one", "../two", "a=b", "training.seed=4", "data.crop=[8, 8]", "model.encoder=vit",
 )  # fmt: skip
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]

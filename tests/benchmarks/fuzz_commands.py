@@ -72,10 +72,11 @@ LINES = (
 VALUES = (
     "", " ", "-", "--", ".", "..", "missing", "empty", "pictures", "pictures/0.png", "pictures/text.png", "pipe",
     "loop", "one", "one.toml", "tiny.toml", "broken.toml", "notes.txt", "runs", "runs/tiny", WEIGHTS, "two",
-    "damaged.pth", "damaged.safetensors", "published.pth", "/dev/null", "/dev/full", "two/train/images/*.PNG", "[z-a]*",
-    "two//val/**", "**", "x" * 300, "é" * 120, "caf\udce9", "[/n]", "[bold]", "a\nb", "\x1b[2J", "0", "-1", "1", "2.5", "nan",
-    "1e400", "9" * 400, "original", "24x40", "0x0", "cpu", "cuda:9", "dacs", "small", "val", "train", "teacher", "label-id",
-    "data/prepared/one", "../two", "a=b", "training.seed=4", "data.crop=[8, 8]", "model.encoder=vit",
+    "damaged.pth", "damaged.safetensors", "published.pth", "/dev/null", "/dev/full", "two/train/images/*.PNG",
+    "[z-a]*", "two//val/**", "**", "x" * 300, "é" * 120, "caf\udce9", "[/n]", "[bold]", "a\nb", "\x1b[2J", "0", "-1",
+    "1", "2.5", "nan", "1e400", "9" * 400, "original", "24x40", "0x0", "cpu", "cuda:9", "dacs", "small", "val",
+    "train", "teacher", "label-id", "data/prepared/one", "../two", "a=b", "training.seed=4", "data.crop=[8, 8]",
+    "model.encoder=vit",
 )  # fmt: skip
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 LEFT_ALONE = ("training.steps", "training.device", "data.workers", "model.encoder", "data.root")

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,9 @@ def locked(folder: Path, remedy: str) -> Iterator[None]:
                 place.rmdir()
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in a folder and below it; a living writer keeps its own."""
-    for place, _, names in os.walk(folder):
+def remove_temporaries(folder: Path, below: bool = True) -> None:
+    """Remove what killed processes left half-written in a folder, and `below` it; a living writer keeps its own."""
+    for place, _, names in os.walk(folder) if below else islice(os.walk(folder), 1):
         for name in filter(_TEMPORARY.fullmatch, names):
             path = Path(place) / name
             with suppress(OSError):  # gone meanwhile, or another user's

@@ -76,6 +76,14 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) 
     assert {p.name for p in tmp_path.iterdir()} == names | {"below"}
 
 
+def test_folders_of_the_user_are_not_searched_for_what_a_killed_process_left(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    for folder in (tmp_path, tmp_path / "below"):
+        (folder / ".cluda-abcd1234.tmp.json").touch()
+    remove_temporaries(tmp_path, below=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["below"] and len(list((tmp_path / "below").iterdir())) == 1
+
+
 def test_the_temporary_of_a_living_writer_is_kept(tmp_path: Path) -> None:
     with atomic(tmp_path / "x.txt") as temporary:
         temporary.write_text("whole")

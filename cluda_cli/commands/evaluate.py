@@ -5,7 +5,7 @@ from pathlib import Path
 from cluda_cli import console
 from cluda_cli.data.index import find
 from cluda_cli.errors import DataError
-from cluda_cli.files import write_json
+from cluda_cli.files import remove_temporaries, write_json
 from cluda_cli.inference.device import pick_device
 from cluda_cli.inference.metrics import Scores, round_percent
 from cluda_cli.inference.scoring import compare_classes, score
@@ -57,6 +57,7 @@ def evaluate(
     if confusion:
         counts = scores.confusion.counts.tolist()
         content = {"classes": scores.names, "rows": "label", "columns": "prediction", "counts": counts}
+        remove_temporaries(confusion.parent, below=False)
         write_json(confusion, content, indent=None)
     described = {
         "checkpoint": str(trained.path),

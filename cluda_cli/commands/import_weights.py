@@ -12,7 +12,7 @@ from cluda_cli import console
 from cluda_cli.data.index import find, joint_classes, seen_classes
 from cluda_cli.data.labels import PROTOCOLS, ClassTable
 from cluda_cli.errors import DataError, SettingsError
-from cluda_cli.files import sha256
+from cluda_cli.files import remove_temporaries, sha256
 from cluda_cli.inference.weights_file import NetworkDescription, save_weights
 from cluda_cli.models.multires import build_segmenter
 from cluda_cli.models.normalisation import IMAGENET
@@ -77,6 +77,7 @@ def import_weights(
             parameter.data = parameter.data[order]  # K ...
     description = NetworkDescription(settings=settings, classes=classes, seen=seen, network_name=network, step=0)
     # These code bases normalise with the values of ImageNet, whatever their encoder.
+    remove_temporaries(out.parent, below=False)
     save_weights(out, model.state_dict(), description, normalisation=IMAGENET)
     described = {
         "weights": str(out),

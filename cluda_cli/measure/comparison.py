@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluda_cli import presets
 from cluda_cli.errors import DataError, first_line
+from cluda_cli.files import read_text
 from cluda_cli.settings import Settings
 
 NETWORKS = ("student", "teacher")
@@ -152,7 +153,7 @@ def read_run(folder: Path) -> ComparedRun:
 
 def _read_validations(path: Path) -> Iterable[Validation]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # without a half line behind the last break
+        lines = read_text(path).split("\n")[:-1]  # without a half line behind the last break
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot be read ({first_line(error)})", path) from error
     for number, line in enumerate(lines, 1):
@@ -180,7 +181,7 @@ def _parse_validation(content: dict[str, Any]) -> Validation:
 
 def _read_versions(path: Path) -> dict[str, str]:
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(read_text(path))
         commit = {"commit": manifest["commit"]} if manifest["commit"] else {}
         return {str(name): str(version) for name, version in {**manifest["versions"], **commit}.items()}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -55,8 +55,10 @@ LINES = (
     "train --preset tiny.toml --run runs/tiny --overwrite --steps 1",
     "train --preset tiny.toml --source one --source two --steps 1", "train --preset dacs --target two --resume",
     "train --preset runs/tiny/settings.json --run again --steps 1 --device cpu", "train --preset demo --data-root none",
+    "train --preset tiny.toml --seeds 0,1 --steps 1 --run group", "compare runs/tiny", "compare runs/tiny data --json",
+    "compare runs/tiny runs/tiny --baseline runs/new", "compare runs/tiny copied --baseline copied --json",
     "bench --preset tiny.toml --steps 1 --json", "bench --preset tiny.toml --data --steps 1 --device cpu",
-    f"eval --ckpt {WEIGHTS}", f"eval --ckpt {WEIGHTS} --json --dataset one --split train",
+    "eval --ckpt runs/tiny", f"eval --ckpt {WEIGHTS} --json --dataset one --split train",
     f"eval --ckpt {WEIGHTS} --confusion scores/matrix.json", "eval --ckpt damaged.safetensors",
     f"predict two/val/images --ckpt {WEIGHTS} --out out", f"predict pictures --ckpt {WEIGHTS} --output color --json",
     "predict two/**/*.png --output train-id --output confidence",
@@ -86,6 +88,9 @@ LEFT_ALONE = ("training.steps", "training.device", "data.workers", "model.encode
 def furnish(folder: Path) -> None:
     """What users have beside good data."""
     (folder / "empty").mkdir()
+    shutil.copytree(folder / "runs" / "tiny", folder / "copied")
+    copied = folder / "copied" / "settings.json"
+    copied.write_text(copied.read_text().replace('"seed": 0', '"seed": 1'))
     (folder / "pictures").mkdir()
     shutil.copy(folder / "two" / "val" / "images" / "0.png", folder / "pictures" / "0.png")
     (folder / "pictures" / "cut.png").write_bytes((folder / "pictures" / "0.png").read_bytes()[:300])

@@ -251,7 +251,9 @@ def test_weights_are_not_replaced_unasked(tmp_path):
     result = imported(file, "daformer")
     assert (result.exit_code, result.stderr.splitlines()[0]) == (2, f"error: {taken}: exists")
     assert taken.read_text() == "precious"
+    (tmp_path / ".cluda-abcd1234.tmp.safetensors").touch()  # of a killed call
     assert imported(file, "daformer", "--overwrite").exit_code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"a.pth", "a.safetensors"}
     assert load_weights(taken, CPU).network_name == "student"
 
 

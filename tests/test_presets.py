@@ -15,7 +15,7 @@ METHODS = [
     "distill", "pretrain-global", "pretrain-local", "daformer-semantic-negatives",
     "sepico", "spcl",
 ]  # fmt: skip
-OVERLAYS = ["small", "demo", "synthia", "acdc", "dark-zurich", "tail-mixing", "crops-640"]
+OVERLAYS = ["small", "demo", "synthia", "acdc", "dark-zurich", "tail-mixing", "crops-640", "adaptive-masks"]
 
 
 @pytest.mark.parametrize("name", presets.names())

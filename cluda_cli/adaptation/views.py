@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cluda_cli import settings
-from cluda_cli.adaptation.masking import block_mask
+from cluda_cli.adaptation.masking import block_mask, importance_ratio
 from cluda_cli.adaptation.mixing import choose_by_law, choose_classes, class_mask, class_mix
 from cluda_cli.adaptation.photometric import strong_augment
 from cluda_cli.adaptation.style import transfer_moments
@@ -225,23 +225,31 @@ class MakeMasked:
     """Target images that hide blocks of what their pseudo-labels show (MIC, section 3.2).
 
     Hidden pixels are 0 after normalisation, the mean colour. With `masking.with_source`, source images with their
-    ground truth take the place of half of the target images, as MIC does between real domains.
+    ground truth take the place of half of the target images, as MIC does between real domains. With
+    `masking.importance` blocks differ in how likely they are hidden (GCA); the share of hidden pixels is noted.
     """
 
     masking: settings.Masking
     mixing: settings.Mixing
+    which: str = ""
+    """Before the name of the view, with a space behind: several have blocks and colours of their own."""
 
     def __call__(self, scene: Scene) -> View:
         masking, shown = self.masking, scene.target
         size = (shown.image.shape[2], shown.image.shape[3])
-        visible = block_mask(size, masking.block_pixels(size), masking.ratio, scene.generators("masking"))
         if masking.augment:
-            shown = replace(shown, image=scene.augment(shown.image, self.mixing, "masked augmentation"))
+            shown = replace(shown, image=scene.augment(shown.image, self.mixing, f"{self.which}masked augmentation"))
         if masking.with_source:
             pairs = zip(vars(scene.source).values(), vars(shown).values(), strict=True)
             shown = Domain(*(_first_halves(*pair) for pair in pairs))
-        visible = visible.to(shown.image.device, non_blocking=True)[:, None]
-        return scene.view("masked", replace(shown, image=shown.image * visible))
+        adaptive = masking.importance is not None
+        ratio = importance_ratio(masking, shown.label, shown.probability) if adaptive else masking.ratio
+        visible = block_mask(size, masking.block_pixels(size), ratio, scene.generators(f"{self.which}masking"))
+        visible = visible.to(shown.image.device, non_blocking=True)
+        name = f"{self.which}masked"
+        if adaptive:
+            scene.notes[f"{name}/hidden"] = 1 - visible.float().mean()
+        return scene.view(name, replace(shown, image=shown.image * visible[:, None]))
 
 
 def _first_halves(source: Tensor, target: Tensor) -> Tensor:

@@ -283,7 +283,7 @@ def _warn_of_no_effect(settings: Settings) -> None:
     for name, objective in settings.objectives:
         if objective and objective.start >= training.steps:
             console.warn(f"the run ends before step {objective.start} (objectives.{name}.start)")
-    if settings.masking != Masking() and not settings.objectives.masked:
+    if settings.masking != Masking() and not (settings.objectives.masked or settings.objectives.node_contrast):
         console.warn("the settings of masking have no effect without objectives.masked")
     if settings.mixing.tail and not settings.objectives.mixed:
         console.warn("mixing.tail has no effect without objectives.mixed")

@@ -20,6 +20,7 @@ from cluda_cli.objectives.feature_distance import FeatureDistance
 from cluda_cli.objectives.global_contrast import GlobalContrast
 from cluda_cli.objectives.local_contrast import LocalContrast
 from cluda_cli.objectives.memory_contrast import MemoryContrast
+from cluda_cli.objectives.node_contrast import NodeContrast
 from cluda_cli.objectives.objective import Objective
 from cluda_cli.objectives.pixel_contrast import PixelContrast
 from cluda_cli.objectives.prototype_contrast import PrototypeContrast
@@ -83,6 +84,9 @@ def build_objectives(
     if s.semantic_negatives:
         fused = student.decoder.classifiers()[0].in_channels
         chosen["semantic_negatives"] = SemanticNegatives(s.semantic_negatives, fused)
+    if s.node_contrast:
+        fused = student.decoder.classifiers()[0].in_channels
+        chosen["node_contrast"] = NodeContrast(s.node_contrast, fused)
     return nn.ModuleDict(chosen)
 
 
@@ -107,6 +111,7 @@ def build_makers(
         "source": MakeSource(s.mixing),
         "mixed": MakeMixed(s.mixing, law),
         "masked": MakeMasked(s.masking, s.mixing),
+        "second masked": MakeMasked(s.masking, s.mixing, "second "),
         "target": make_target,
         "strong target": MakeStrongTarget(s.mixing),
         "second strong target": MakeStrongTarget(s.mixing, "second strong target"),

@@ -124,6 +124,13 @@ class Masking(Section):
     """Jitter and blur target images, as set for mixing, before they are masked."""
     with_source: bool = False
     """Mask source images in place of half of the target images."""
+    importance: Unset[Literal["uncertainty", "boundary", "rarity"]] = None
+    """Hide blocks the less likely, the more important they are (GCA): where the teacher is uncertain, where classes
+    meet, or where classes are rare; unset: all alike."""
+    cap: float = Field(0.9, ge=0, le=1)
+    """With `importance`, the largest chance that a block is masked; where it binds, fewer are masked than `ratio`."""
+    hide_important: bool = False
+    """With `importance`, hide blocks the more likely, the more important they are: a harder task."""
 
     def block_pixels(self, crop: tuple[int, int]) -> int:
         """Side of the blocks: the papers' 32 for a crop of 512 x 512 and 64 for 1024 x 1024."""
@@ -229,7 +236,8 @@ class Settings(Section):
         window, stride = self.inference.window, self.inference.stride
         if window and stride and any(step > side for step, side in zip(stride, window, strict=True)):
             problems.append("evaluation.stride is larger than evaluation.window, which leaves gaps between windows")
-        if self.masking.with_source and self.objectives.masked and self.data.batch_size < 2:
+        masks = self.objectives.masked or self.objectives.node_contrast
+        if self.masking.with_source and masks and self.data.batch_size < 2:
             problems.append("masking.with_source needs a data.batch_size of 2 or more")
         if self.objectives.semantic_negatives and self.data.batch_size < 2:
             problems.append("objectives.semantic_negatives needs a data.batch_size of 2 or more")

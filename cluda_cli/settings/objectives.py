@@ -236,6 +236,19 @@ class PrototypeContrast(Objective):
     """Factor of a penalty on mean predictions that are far from uniform; -1 is what SePiCo's released code does."""
 
 
+class NodeContrast(Objective):
+    """Contrast of the same pixels in two masked views (GCA, arXiv 2010.14945), classes apart."""
+
+    weight: float = Field(0.1, ge=0)
+    """Factor of the term in the total loss."""
+    temperature: float = Field(0.4, ge=0.02)
+    """Divisor of the cosine similarity."""
+    nodes: int = Field(1024, ge=2)
+    """Pixels of a batch that are compared, at most; all classes of all images lose alike."""
+    projection_channels: int = Field(128, ge=1)
+    """Channels of the projection head, hidden and final."""
+
+
 class Objectives(Section):
     """The terms of the loss."""
 
@@ -269,3 +282,5 @@ class Objectives(Section):
     """Contrast of pixels in source and target images with statistics of the classes; false switches it off."""
     semantic_negatives: Optional[SemanticNegatives] = None
     """Contrast of restyled and swapped regions of source images, and a change head; false switches it off."""
+    node_contrast: Optional[NodeContrast] = None
+    """Contrast of two masked views of the target, pixel by pixel (GCA); false switches it off."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cluda_cli import settings
+from cluda_cli.adaptation.masking import block_mask, importance_ratio
 from cluda_cli.adaptation.style import moments
 from cluda_cli.adaptation.teacher import PseudoLabels, label_logits
 from cluda_cli.adaptation.views import Scene, View
@@ -301,6 +302,33 @@ def test_share_of_hidden_pixels_is_the_ratio(batch: Batch) -> None:
         hidden = [~visible(view)[0] for view in views]  # the first image, which has no padding
         blocks = 10 * 12 * 16
         assert torch.stack(hidden).float().mean().item() == pytest.approx(ratio, abs=5 * (0.25 / blocks) ** 0.5)
+
+
+def test_hidden_share_is_noted_where_importance_decides(batch: Batch) -> None:
+    """The teacher of this test is equally certain everywhere, so boundaries alone tell blocks apart."""
+    masking = settings.Masking(block=2, augment=False, importance="boundary", ratio=0.5, cap=0.8)
+    scene = Scene(batch, StubTeacher(), 0, 0)  # type: ignore[arg-type]
+    makers = build_makers(settings.Settings(mixing=PLAIN, masking=masking), nn.ModuleDict())
+    shown = visible(makers["masked"](scene))[0]
+    assert list(scene.notes) == ["masked/hidden"] and 0 < scene.notes["masked/hidden"] < 0.8
+    other = visible(makers["second masked"](scene))[0]
+    assert list(scene.notes) == ["masked/hidden", "second masked/hidden"]
+    assert not torch.equal(shown, other)
+    plain = Scene(batch, StubTeacher(), 0, 0)  # type: ignore[arg-type]
+    build_makers(settings.Settings(masking=BLOCKS), nn.ModuleDict())["masked"](plain)
+    assert not plain.notes
+
+
+@pytest.mark.parametrize("importance", ["uncertainty", "boundary", "rarity"])
+def test_importance_is_that_of_what_is_shown(batch: Batch, importance: Any) -> None:
+    """Source images in place of target images have their own labels, of which the teacher's certainty is 1."""
+    section = settings.Masking(block=4, augment=False, with_source=True, importance=importance, ratio=0.4)
+    scene = Scene(batch, StubTeacher(), 0, 0)  # type: ignore[arg-type]
+    view = build_makers(settings.Settings(masking=section), nn.ModuleDict())["masked"](scene)
+    ratio = importance_ratio(section, view.label, view.probability)
+    assert torch.equal(
+        visible(view)[:, :20, :28], block_mask((24, 32), 4, ratio, scene.generators("masking"))[:, :20, :28]
+    )
 
 
 def test_blocks_grow_with_the_crop() -> None:

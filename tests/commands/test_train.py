@@ -212,7 +212,9 @@ MICRO_BATCHES = {
         "memory_contrast": MEMORY,
         "clustering": {"start": 1, "threshold": 0.2, "ramp_steps": 3},
         "prototype_contrast": BANK,
+        "node_contrast": {"nodes": 9},
     },
+    "masking": {"block": 16, "importance": "rarity", "ratio": 0.4},
 }
 
 

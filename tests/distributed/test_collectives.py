@@ -43,6 +43,7 @@ CLUDA = {
     "teacher": {"confidence": 0.21},
     "optimizer": {"warmup": 0},
     "mixing": {"jitter_probability": 1.0, "blur_probability": 1.0},
+    "masking": {"block": 16, "importance": "rarity", "ratio": 0.4},
     "objectives": {
         "source": {"hard_pixels": {}},
         "anchor_contrast": {"projection_dim": 8, "anchors": 3, "max_anchors": 40, "min_probability": 0.2},
@@ -62,6 +63,7 @@ CLUDA = {
             "label_share": 0.3,
             "uniformity_weight": 0.5,
         },
+        "node_contrast": {"projection_channels": 8, "nodes": 20},
     },
 }
 MIC = {
@@ -77,6 +79,7 @@ MIC = {
         "memory_contrast": False,
         "clustering": False,
         "prototype_contrast": {"statistics": "bank", "statistics_from": "student", "target_view": "strong target"},
+        "node_contrast": False,
     },
 }
 
@@ -86,7 +89,7 @@ VIEWS = {
     "mixing": {"tail": {"share": 1.0}},  # no class of the tiny data is rare
     "objectives": {
         "source": {"hard_pixels": False}, "feature_distance": False, "pixel_contrast": False, "anchor_contrast": False,
-        "memory_contrast": False, "clustering": False, "prototype_contrast": False,
+        "memory_contrast": False, "clustering": False, "prototype_contrast": False, "node_contrast": False,
         "zero_style": {"band": 1},
         "global_contrast": {"parts": 2, "projection_channels": 8},
         "local_contrast": {"region": 1, "projection_channels": 8},

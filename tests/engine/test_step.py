@@ -185,7 +185,7 @@ STAND_INS = {
     "swin_large_patch4_window12_384": "swin_tiny_patch4_window7_224",
     "vit_base_patch14_dinov2": "test_vit",
 }
-OVERLAYS = {"small", "demo", "synthia", "acdc", "dark-zurich", "tail-mixing"}
+OVERLAYS = {"small", "demo", "synthia", "acdc", "dark-zurich", "tail-mixing", "adaptive-masks"}
 METHODS = [name for name in presets.names() if name not in OVERLAYS]
 
 

@@ -345,11 +345,12 @@ def test_what_is_saved() -> None:
     one, other = objectives(2), objectives(2)
     memory = {f"memory_contrast.{name}" for name in ("head", "average", "memory", "pointer", "length")}
     heads = {f"{name}.head" for name in ("anchor_contrast", "global_contrast", "local_contrast", "semantic_negatives")}
+    heads |= {"node_contrast.head"}
     prototypes = {f"prototype_contrast.{name}" for name in ("head", "average", "known")}
     state = heads | {"clustering.steps"} | memory | prototypes
     assert {".".join(name.split(".")[:2]) for name in one.state_dict()} == state | {"pixel_contrast.weighter"}
     assert {".".join(name.split(".")[:2]) for name in objectives(1).state_dict()} == state
-    learning = ["pixel_contrast", "anchor_contrast", "memory_contrast", "prototype_contrast"]
+    learning = ["pixel_contrast", "anchor_contrast", "memory_contrast", "prototype_contrast", "node_contrast"]
     for name in (*learning, "global_contrast", "local_contrast", "semantic_negatives"):
         seen = see(one[name].reads[0], 2)
         assert one[name](*seen) != other[name](*seen)
@@ -392,6 +393,7 @@ def test_a_view_that_nobody_makes_is_an_error_before_the_run() -> None:
         "source",
         "mixed",
         "masked",
+        "second masked",
         "target",
         "strong target",
         "second strong target",

@@ -160,7 +160,9 @@ def is_kept(given: Any, kept: Any) -> bool:
         return len(given) == len(kept) and all(map(is_kept, given, kept))
     if isinstance(kept, list):
         return kept in ([given], [spell(given)])
-    if isinstance(given, bool) or isinstance(kept, bool | str):
+    if isinstance(kept, bool):  # 0 and "off" are false, too
+        return isinstance(given, str) or given == kept
+    if isinstance(given, bool) or isinstance(kept, str):
         return type(given) is type(kept) and given == kept
     return float(given) == kept
 

@@ -142,7 +142,8 @@ class Crashes:
         return {
             "prepare": ["prepare", "one.toml", "--workers", "1"],
             "cache": ["prepare", "two.toml", "--workers", "1", "--cache", "24x40"],
-            "pseudo-label": ["pseudo-label", "--ckpt", weights, "--threshold", "0.4", "--out", "pseudo"],
+            "pseudo-label": ["pseudo-label", "--ckpt", weights, "--threshold", "0.4", "--out", "pseudo",
+                             *(["--overwrite"] if (folder / "pseudo" / "index.json").exists() else [])],
             "predict": ["predict", "two/train/images", "--ckpt", weights, "--out", "out", "--output", "color"],
             "eval": ["eval", "--ckpt", weights, "--confusion", "scores/confusion.json"],
             "import-weights": ["import-weights", "published.pth", "--preset", "tiny.toml", "--overwrite", "--out",

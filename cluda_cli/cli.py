@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -146,7 +146,8 @@ def prepare(
 def train(
     preset: Presets = None,
     source: Annotated[
-        list[str] | None, typer.Option(help="Labelled dataset; repeat to draw from several.  [default: gta]")
+        list[str] | None,
+        typer.Option(help="Labelled dataset, or false; repeat to draw from several.  [default: gta]"),
     ] = None,
     target: Annotated[str | None, typer.Option(help="Unlabelled dataset.  [default: cityscapes]")] = None,
     data_root: DataRoot = None,
@@ -295,7 +296,8 @@ def _options(
 ) -> dict[str, dict[str, Any]]:
     """Collect the named options that were given, as a tree of settings."""
     root = str(data_root) if data_root else None
-    named = {"data": {"source": source or None, "target": target, "root": root}, "training": training}
+    sources: list[str] | Literal[False] | None = False if source == ["false"] else source or None
+    named = {"data": {"source": sources, "target": target, "root": root}, "training": training}
     return {section: {k: v for k, v in values.items() if v is not None} for section, values in named.items()}
 
 

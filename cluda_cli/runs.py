@@ -40,18 +40,22 @@ def _flatten_changes(options: dict[str, Any], overrides: list[str]) -> dict[str,
 
 def _spell(value: Any) -> str:
     """A value of a setting as part of a name; the elements of a list are joined by +."""
+    if isinstance(value, bool):
+        return str(value).lower()
     return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def find_resumable(preset: list[str], options: dict[str, Any], overrides: list[str]) -> Path:
     """The folder of the run of these presets and changes; else that of the presets, where the changes take effect.
 
-    A run of another seed, source or target is never taken. Without a preset, the folder of the newest run.
+    A run of another seed, source, target or labelled images is never taken. Without a preset, the folder of the newest
+    run.
     """
     runs = Path("runs")
     if preset:
         exact, plain = name_folder(preset, options, overrides), name_folder(preset, {}, [])
-        another_run = {"training.seed", "data.source", "data.target"} & _flatten_changes(options, overrides).keys()
+        changed = _flatten_changes(options, overrides).keys()
+        another_run = {"training.seed", "data.source", "data.target", "data.labelled"} & changed
         return exact if another_run or (exact / "settings.json").is_file() else plain
     saved = sorted(runs.glob("*/resume/state.pt"), key=lambda path: path.stat().st_mtime)
     if not saved:

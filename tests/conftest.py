@@ -175,6 +175,16 @@ def write_tiny_data(folder: Path) -> Path:
 
 
 @pytest.fixture
+def make_dataset(tmp_path: Path) -> Callable[..., Index]:
+    """`make_dataset("camera", images=8)`: a dataset as of `write_dataset` in the data root `tmp_path/data`."""
+
+    def make(name: str, *, images: int = 4, labelled_train: bool = True) -> Index:
+        return write_dataset(tmp_path / "data", name, seed=3, labelled_train=labelled_train, images=images)
+
+    return make
+
+
+@pytest.fixture
 def tiny_data(tmp_path: Path) -> Path:
     return write_tiny_data(tmp_path)
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -97,8 +97,13 @@ class Scene:
 
     @cached_property
     def source(self) -> Domain:
-        """The source with its ground truth."""
-        return self.ground_truth("source")
+        """The source with its ground truth; without a source, labelled target images in its place."""
+        return self.ground_truth("source") if "source" in self.batch else self.labelled
+
+    @cached_property
+    def labelled(self) -> Domain:
+        """Labelled target images with their ground truth."""
+        return self.ground_truth("labelled")
 
     @cached_property
     def target(self) -> Domain:
@@ -148,7 +153,9 @@ class Scene:
         return View(name, shown.image, shown.label, shown.weight, shown.probability, boxes, truth=shown.truth)
 
 
-WITHOUT_TEACHER = frozenset({"source", "styleless source", "first jittered", "second jittered", "restyled", "swapped"})
+WITHOUT_TEACHER = frozenset(
+    {"source", "labelled", "styleless source", "first jittered", "second jittered", "restyled", "swapped"}
+)
 """Names of the views that no pseudo-label goes into."""
 
 Maker = Callable[[Scene], View]
@@ -156,17 +163,19 @@ Maker = Callable[[Scene], View]
 
 
 @dataclass(frozen=True)
-class MakeSource:
-    """Source images as they are or, with `mixing.source_jitter_strength`, strongly augmented."""
+class MakeTruth:
+    """Images with ground truth as they are or, with `mixing.source_jitter_strength`, strongly augmented."""
 
+    name: Literal["source", "labelled"]
     mixing: settings.Mixing
 
     def __call__(self, scene: Scene) -> View:
-        strength, shown = self.mixing.source_jitter_strength, scene.source
+        strength = self.mixing.source_jitter_strength
+        shown = scene.source if self.name == "source" else scene.labelled
         if strength is not None:
             mixing = self.mixing.model_copy(update={"jitter_strength": strength})
-            shown = replace(shown, image=scene.augment(shown.image, mixing, "source augmentation"))
-        return scene.view("source", shown)
+            shown = replace(shown, image=scene.augment(shown.image, mixing, f"{self.name} augmentation"))
+        return scene.view(self.name, shown)
 
 
 def make_target(scene: Scene) -> View:

@@ -4,7 +4,7 @@ It fetches nothing and writes nothing: encoders have random weights, which cost 
 """
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 
@@ -12,7 +12,8 @@ import torch
 
 from cluda_cli import console
 from cluda_cli.data.batch import Batch, to_device
-from cluda_cli.data.index import Index, find
+from cluda_cli.data.datasets import Datasets, open_datasets
+from cluda_cli.data.index import Index
 from cluda_cli.data.transforms import read_image
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.step import training_step
@@ -92,24 +93,23 @@ def bench(settings: Settings, *, steps: int = 10, prepared: bool = False, as_jso
     is not there or a batch that does not fit it.
     """
     device = pick_device(settings.training.device)
-    sources, target = [synthetic_source()], None
-    if prepared:
-        *sources, target = (find(n, settings.data.root) for n in (*settings.data.source, settings.data.target))
-    report = _measure(settings, sources, target, device, steps)
+    datasets = open_datasets(settings.data, settings.training.seed) if prepared else None
+    report = _measure(settings, datasets, device, steps)
     if as_json:
         console.result_json(asdict(report))
     else:
         _print(report)
 
 
-def _measure(
-    settings: Settings, sources: Sequence[Index], target: Index | None, device: torch.device, steps: int
-) -> Report:
+def _measure(settings: Settings, datasets: Datasets | None, device: torch.device, steps: int) -> Report:
     first = find_busiest_step(settings)
     measured = make_measurable(settings, first + WARM_UP + 2 * steps)
-    stream = stream_batches(measured, sources, target, first, device)
     watch = MemoryWatch(device)
-    run = Run(measured, sources, device)
+    if datasets:
+        run = Run(measured, datasets.sources, device, labelled=datasets.labelled)
+    else:
+        run = Run(measured, [synthetic_source()], device)
+    stream = stream_batches(measured, datasets, len(run.classes), first, device)
     run.step = first
     imitate_pseudo_labels(run)
     clock = SpanClock(device)
@@ -126,14 +126,14 @@ def _measure(
                 training_step(run, batch)
             progress.advance()
     largest = find_largest_step(run, batch) if device.type == "cuda" else None
-    loading = measure_loading(measured, sources, target, first) if target else None
-    validation, training = _validation(settings, run, target), settings.training
+    loading = measure_loading(measured, datasets, first) if datasets else None
+    validation, training = _validation(settings, run, datasets and datasets.target), settings.training
     images = None if validation.images is None else validation.images * validation.validations
     return Report(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         torch=str(torch.__version__), threads=torch.get_num_threads(), encoder=settings.model.encoder,
         crop=settings.data.crop, batch_size=settings.data.batch_size,
-        data=f"{' + '.join(s.name for s in sources)} -> {target.name}" if target else "synthetic",
+        data=str(datasets) if datasets else "synthetic",
         classes=len(run.classes),
         first_step=first, warm_up=warm_up, step=step, cpu_share=cpu_share,
         step_by_parts=Spread.of([sum(s.values()) for s in clock.steps]),

@@ -66,7 +66,8 @@ def import_weights(
     classes, seen = _classes(settings.data)
     count = class_count(published)
     if count is not None and count != len(classes):
-        what = f"the network tells {count} classes apart, {', '.join(settings.data.source)} has {len(classes)}"
+        names = ", ".join(settings.data.source or (settings.data.target,))
+        what = f"the network tells {count} classes apart, {names} has {len(classes)}"
         raise DataError(what, path, "set data.source to a prepared dataset with its classes, in its order")
     listed = listed_classes(content)
     order = match_classes(listed, classes.names, path) if listed else list(range(len(classes)))
@@ -110,12 +111,15 @@ def _free(path: Path, out: Path | None, overwrite: bool) -> Path:
 
 
 def _classes(data: Data) -> tuple[ClassTable, tuple[str, ...]]:
-    """The classes of the sources, and the names of those that their labels hold; a published one need not be here."""
+    """The classes of the sources, and the names of those that their labels hold; a published one need not be here.
+
+    Without a source they are those of the target.
+    """
     known = {dataset.name: ClassTable(dataset.classes) for dataset in PUBLISHED}
-    source = data.source[0]
-    if len(data.source) == 1 and source in known:
-        return known[source], PROTOCOLS["16"] if source == "synthia" else known[source].names
-    sources = [find(name, data.root) for name in data.source]
+    names = data.source or (data.target,)
+    if len(names) == 1 and names[0] in known:
+        return known[names[0]], PROTOCOLS["16"] if names[0] == "synthia" else known[names[0]].names
+    sources = [find(name, data.root) for name in names]
     return joint_classes(sources), seen_classes(sources)
 
 

@@ -5,7 +5,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager, redirect_stdout
 from pathlib import Path
 from types import FrameType
@@ -14,9 +14,9 @@ from typing import Any
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cluda_cli import console
-from cluda_cli.data import index as prepared
 from cluda_cli.data.batch import Batch, to_device
-from cluda_cli.data.index import Index, joint_classes
+from cluda_cli.data.datasets import Datasets, open_datasets
+from cluda_cli.data.index import Index
 from cluda_cli.data.streams import batches
 from cluda_cli.distributed import collectives
 from cluda_cli.distributed.children import heeded_signals
@@ -30,7 +30,7 @@ from cluda_cli.inference.device import pick_device
 from cluda_cli.inference.metrics import Scores
 from cluda_cli.inference.scoring import compare_classes, score
 from cluda_cli.models.multires import MultiResolution
-from cluda_cli.settings import Decoder, Masking, Settings
+from cluda_cli.settings import Decoder, Masking, Settings, SupervisedCrossEntropy
 
 SMOOTHING = 0.1
 """Share of a step's loss in the loss that is shown, which is the mean of about the last ten steps."""
@@ -61,19 +61,20 @@ def _train(settings: Settings, files: RunFolder, resume: bool, overwrite: bool) 
         if not collectives.rank():
             _make_demo(settings)
     with collectives.fail_together():
-        run, sources, target, saved = _build(settings, files, resume, overwrite)
+        run, datasets, saved = _build(settings, files, resume, overwrite)
+    target = datasets.target
     if saved:  # to spread a state over ranks takes all of them, so only now, when all have read it
         files.resume(run, saved)
     with collectives.fail_together():
-        stream = _open_stream(run, sources, target)
+        stream = _open_stream(run, datasets)
     steps = settings.training.steps
     with _StopRequest() as stop:
         if not resume:  # only now, when all that can be wrong with settings and data has been found
-            files.begin(run, sources, target)
+            files.begin(run, datasets)
         if run.step == steps and (run.validated == steps or not target.labelled("val")):
             console.info(f"already finished ({steps} of {steps} steps); --steps makes the run longer")
             return
-        _announce(run, folder, sources, target)
+        _announce(run, folder, datasets)
         began = time.monotonic()
         try:
             _loop(run, files, target, stream, stop)
@@ -86,30 +87,27 @@ def _train(settings: Settings, files: RunFolder, resume: bool, overwrite: bool) 
     _conclude(run, files, target)
 
 
-def _build(
-    settings: Settings, files: RunFolder, resume: bool, overwrite: bool
-) -> tuple[Run, list[Index], Index, Saved | None]:
+def _build(settings: Settings, files: RunFolder, resume: bool, overwrite: bool) -> tuple[Run, Datasets, Saved | None]:
     """A new run, its datasets, and what it resumes from; writes nothing."""
     data, training = settings.data, settings.training
     collectives.local_positions(data.batch_size)  # refuses a batch that the ranks cannot share
     device = pick_device(collectives.local_device(training.device))
-    *sources, target = (prepared.find(name, data.root) for name in (*data.source, data.target))
-    for index in (*sources, target):
-        index.check_files()
+    datasets = open_datasets(data, training.seed)
     if not resume:
         files.refuse_taken(overwrite)
         _refuse_own_weights(settings, files.path)
-    if target.labelled("val"):
-        compare_classes(target.classes, joint_classes(sources))
-    run = Run(settings, sources, device, resumed=resume)
-    return run, sources, target, files.read_saved(sources, target) if resume else None
+    run = Run(settings, datasets.sources, device, labelled=datasets.labelled, resumed=resume)
+    if datasets.target.labelled("val"):
+        compare_classes(datasets.target.classes, run.classes)
+    return run, datasets, files.read_saved(datasets) if resume else None
 
 
-def _open_stream(run: Run, sources: Sequence[Index], target: Index) -> Generator[Batch, None, None]:
+def _open_stream(run: Run, datasets: Datasets) -> Generator[Batch, None, None]:
     """The batches of this rank from the step of the run on."""
     data, training = run.settings.data, run.settings.training
     return batches(
-        sources, target, data, training.seed, run.step, training.steps, pin_memory=run.device.type == "cuda",
+        datasets.sources, datasets.unlabelled, data, training.seed, run.step, training.steps,
+        labelled=datasets.labelled, pin_memory=run.device.type == "cuda",
         positions=collectives.local_positions(data.batch_size), source_law=run.source_law,
     )  # fmt: skip
 
@@ -229,13 +227,15 @@ def _make_demo(settings: Settings) -> None:
             prepare("demo", data.root)
 
 
-def _announce(run: Run, folder: Path, sources: Sequence[Index], target: Index) -> None:
+def _announce(run: Run, folder: Path, datasets: Datasets) -> None:
     """Say once what was derived, and warn of settings that have no effect."""
-    settings, training = run.settings, run.settings.training
+    settings, training, target = run.settings, run.settings.training, datasets.target
     parameters = sum(p.numel() for p in run.student.parameters()) / 1e6
-    names = " + ".join(source.name for source in sources)
     devices = f"{collectives.world_size()} x {run.device.type}" if collectives.world_size() > 1 else str(run.device)
-    console.info(f"{names} -> {target.name}, {settings.model.encoder}, {parameters:.1f} M parameters, on {devices}")
+    console.info(f"{datasets}, {settings.model.encoder}, {parameters:.1f} M parameters, on {devices}")
+    if images := datasets.labelled_images:
+        rest = len(target.split("train")) - len(images)
+        console.info(f"{len(images)} images of {target.name} with labels, {rest or 'the same'} without")
     console.info(run.weights.summary() if run.weights else "encoder starts from random weights")
     if run.start:
         console.info(run.start)
@@ -252,7 +252,8 @@ def _announce(run: Run, folder: Path, sources: Sequence[Index], target: Index) -
         console.info(f"resuming after step {run.step} of {training.steps}")
     unseen = [name for name in run.classes.names if name not in run.seen]
     if unseen:
-        console.warn(f"classes that never occur in the source: {', '.join(unseen)}; the mean IoU leaves them out")
+        where = "given labels" if datasets.labelled else "source"
+        console.warn(f"classes that never occur in the {where}: {', '.join(unseen)}; the mean IoU leaves them out")
     if settings.optimizer.warmup >= training.steps:
         console.warn(
             f"optimizer.warmup ({settings.optimizer.warmup}) is not shorter than the run ({training.steps} steps)"
@@ -280,6 +281,10 @@ def _warn_of_no_effect(settings: Settings) -> None:
         console.warn("mixing.uncertain_detail_from has no effect without model.multires")
     if uncertain_from is not None and settings.model.multires and uncertain_from >= training.steps:
         console.warn(f"the run ends before step {uncertain_from} (mixing.uncertain_detail_from)")
+    if not settings.data.source and settings.objectives.source not in (None, SupervisedCrossEntropy()):
+        console.warn("the settings of objectives.source have no effect without data.source")
+    if settings.data.labelled is None and settings.objectives.labelled not in (None, SupervisedCrossEntropy()):
+        console.warn("the settings of objectives.labelled have no effect without data.labelled")
     for name, objective in settings.objectives:
         if objective and objective.start >= training.steps:
             console.warn(f"the run ends before step {objective.start} (objectives.{name}.start)")

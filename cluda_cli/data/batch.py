@@ -43,7 +43,7 @@ def _values(crops: Crops) -> list[Tensor | None]:
 
 
 Batch = Mapping[str, Crops]
-"""By name: `source` with labels, `target` with `valid`, and further kinds where a run has them."""
+"""By name: `target` with `valid`; with labels, where a run has them, `source` and `labelled`, some target images."""
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

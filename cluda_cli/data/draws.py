@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cluda_cli import settings
 from cluda_cli.data.batch import Crops
-from cluda_cli.data.cache import SPLIT
+from cluda_cli.data.cache import SPLIT, Box
 from cluda_cli.data.frames import Frames
 from cluda_cli.data.index import Index, seen_classes
 from cluda_cli.data.labels import IGNORE, ClassTable
@@ -27,10 +27,11 @@ Draw = Callable[[random.Generator, Law], Crops]
 class LabelledImages:
     """Draws from one labelled dataset, in the train ids of `classes`, which holds all classes of the dataset.
 
-    Raises DataError if the dataset has no label, or no labelled pixel.
+    Images are resized to fit `box`; `kind` is what messages call them. Raises DataError if the dataset has no label, or
+    no labelled pixel.
     """
 
-    def __init__(self, index: Index, classes: ClassTable, data: settings.Data) -> None:
+    def __init__(self, index: Index, classes: ClassTable, data: settings.Data, box: Box, kind: str = "source") -> None:
         table = index.classes.remap_to(classes)
         self.items = [
             replace(item, pixels={table[train_id]: count for train_id, count in item.pixels.items()})
@@ -38,12 +39,12 @@ class LabelledImages:
         ]
         if not self.items:
             index.split(SPLIT)
-            raise DataError(f'no image of split "{SPLIT}" has a label', index.folder, "the source must be labelled")
+            raise DataError(f'no image of split "{SPLIT}" has a label', index.folder, f"the {kind} must be labelled")
         if not any(item.pixels for item in self.items):
             raise DataError("the labels hold no pixel of any class", index.folder, "check its description")
-        self.data, self.frames = data, Frames(index, data.source_box)
+        self.data, self.frames = data, Frames(index, box)
         self.remap = None if index.classes == classes else torch.tensor(table, dtype=torch.uint8)  # 256
-        self.rare = RareClasses(self.items, classes, data.rare_class, data.crop) if data.rare_class else None
+        self.rare = RareClasses(self.items, classes, data.rare_class, data.crop, kind) if data.rare_class else None
 
     def __call__(self, rng: random.Generator, law: Law = None) -> Crops:
         """Image, label and inside of one crop; `law` acts with rare-class sampling.
@@ -69,16 +70,10 @@ class LabelledImages:
 
 
 class Sources:
-    """Draws from several labelled datasets: first the dataset, by its share, then the crop.
-
-    Raises DataError if their labels hold one class only: its loss would go to 0, and nothing would be learnt.
-    """
+    """Draws from several labelled datasets: first the dataset, by its share, then the crop."""
 
     def __init__(self, sources: Sequence[Index], classes: ClassTable, data: settings.Data) -> None:
-        self.parts = [LabelledImages(index, classes, data) for index in sources]
-        if len(seen := seen_classes(sources, SPLIT)) < 2:
-            remedy = 'label what is not of this class as another one, such as "background"'
-            raise DataError(f"the source labels hold one class only: {', '.join(seen)}", sources[0].folder, remedy)
+        self.parts = [LabelledImages(index, classes, data, data.source_box) for index in sources]
         shares = np.array(data.source_shares or [len(part.items) for part in self.parts], dtype=np.float64)
         self.shares = shares / shares.sum()
 
@@ -88,7 +83,7 @@ class Sources:
 
 
 class TargetImages:
-    """Draws from the target, whose labels are never read.
+    """Draws from the target without labels.
 
     Raises SettingsError if the margins leave nothing of an image.
     """
@@ -118,6 +113,13 @@ class TargetImages:
         image, valid = _flip(rng, self.frames.image(item, crop), valid)
         inside = torch.ones_like(valid)
         return Crops(_pad(image, data.crop, 0), _pad(inside, data.crop, 0), valid=_pad(valid, data.crop, 0))
+
+
+def require_classes(datasets: Sequence[Index]) -> None:
+    """Raises DataError if their labels hold one class only: its loss would go to 0, and nothing would be learnt."""
+    if len(seen := seen_classes(datasets, SPLIT)) == 1:
+        remedy = 'label what is not of this class as another one, such as "background"'
+        raise DataError(f"the labels hold one class only: {seen[0]}", datasets[0].folder, remedy)
 
 
 def _flip(rng: random.Generator, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:

@@ -215,17 +215,23 @@ def joint_classes(sources: Sequence[Index]) -> ClassTable:
     return classes
 
 
-def class_frequencies(sources: Sequence[Index], shares: Sequence[float] | None = None) -> list[float]:
+def class_frequencies(
+    sources: Sequence[Index], shares: Sequence[float] | None = None, labelled: Index | None = None
+) -> list[float]:
     """Share of each joint class, by train id, in the labelled pixels of the train splits.
 
-    `shares` are those of the sources' images; None: in proportion to their number. Without any labelled pixel all
-    classes are alike.
+    `shares` are those of the sources' images; None: in proportion to their number. A batch has as many images of
+    `labelled` as of all sources. Without any labelled pixel all classes are alike.
     """
-    joint = joint_classes(sources)
+    datasets = [*sources, *([labelled] if labelled else [])]
+    joint = joint_classes(datasets)
     frequencies = [0.0] * len(joint)
-    for position, source in enumerate(sources):
+    parts = list(shares or (len(source.labelled("train")) for source in sources))
+    if labelled:
+        parts.append(sum(parts) or 1)
+    for source, part in zip(datasets, parts, strict=True):
         pixels, images = source.class_pixels("train"), len(source.labelled("train"))
-        share = (shares[position] if shares else images) / max(images, 1)
+        share = part / max(images, 1)
         for name, count in zip(source.classes.names, pixels, strict=True):
             frequencies[joint.names.index(name)] += share * count
     total = sum(frequencies)

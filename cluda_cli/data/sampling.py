@@ -1,4 +1,4 @@
-"""Which source image is drawn and where it is cropped. h w pixels of the resized image, K classes.
+"""Which labelled image is drawn and where it is cropped. h w pixels of the resized image, K classes.
 
 Rare-class sampling follows DAFormer (arXiv:2111.14887), section 3.3 and equations 8 and 9.
 """
@@ -48,9 +48,17 @@ class RareClasses:
     """Draws a class, rare ones more often, then an image that holds enough of it."""
 
     def __init__(
-        self, items: Sequence[Item], classes: ClassTable, section: settings.RareClass, size: tuple[int, int]
+        self,
+        items: Sequence[Item],
+        classes: ClassTable,
+        section: settings.RareClass,
+        size: tuple[int, int],
+        kind: str = "source",
     ) -> None:
-        """`items` are labelled and hold pixels of at least one class; `size` is that of the crop."""
+        """`items` are labelled and hold pixels of at least one class; `size` is that of the crop.
+
+        `kind` is what messages call the images.
+        """
         min_pixels = section.image_pixels(size)
         pixels = np.zeros((len(items), len(classes)), dtype=np.int64)  # N K
         for i, item in enumerate(items):
@@ -69,7 +77,7 @@ class RareClasses:
                 scarce.append(classes.names[k])
         if scarce:
             console.warn(
-                f"no source image holds more than {min_pixels} pixels (data.rare_class.min_pixels) of "
+                f"no {kind} image holds more than {min_pixels} pixels (data.rare_class.min_pixels) of "
                 f"{', '.join(scarce)}; all images that hold any are drawn for them"
             )
 

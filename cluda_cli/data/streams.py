@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from cluda_cli import settings
 from cluda_cli.data.batch import Batch, Crops
-from cluda_cli.data.draws import Draw, Law, Sources, TargetImages
+from cluda_cli.data.cache import SPLIT
+from cluda_cli.data.draws import Draw, LabelledImages, Law, Sources, TargetImages, require_classes
 from cluda_cli.data.index import Index, joint_classes
 from cluda_cli.distributed.children import STOP_SIGNALS, end_with_parent, kill_children
 from cluda_cli.distributed.place import usable_cores
@@ -34,23 +35,28 @@ def batches(
     start: int,
     stop: int,
     *,
+    labelled: Index | None = None,
     pin_memory: bool = False,
     positions: range | None = None,
     source_law: Callable[[int], Law] = lambda _: None,
 ) -> Generator[Batch, None, None]:
     """The batches of steps start, ..., stop - 1, made by loader processes; without any, the same batches.
 
+    `target` has the training images that are used without labels, `labelled` those of the target that have labels.
+
     Close it (contextlib.closing) to end the processes when not all batches are wanted. There are `data.workers`
     processes, at most one for each usable core.
 
     `pin_memory` speeds up copies to a CUDA device and needs one. `positions` are the images wanted of each batch;
-    unset: all of them. `source_law` gives the class probabilities for the batch of a step when that batch is requested,
-    at most `LOOKAHEAD` steps before its turn.
+    unset: all of them. `source_law` gives the class probabilities of labelled images for the batch of a step when that
+    batch is requested, at most `LOOKAHEAD` steps before its turn.
 
-    Raises DataError at once if a source has no labels or a domain no training images, SettingsError if the margins
-    leave nothing of a target image; while iterating, DataError that names an unreadable file.
+    Raises DataError at once if a source has no labels, a domain no training images, or all labels the same class;
+    SettingsError if the margins leave nothing of a target image; while iterating, DataError that names an unreadable
+    file.
     """
-    steps = Steps(draws(sources, target, data), seed, range(data.batch_size) if positions is None else positions)
+    positions = range(data.batch_size) if positions is None else positions
+    steps = Steps(draws(sources, target, data, labelled), seed, positions)
     workers = min(count_workers(data), max(stop - start, 0))
     loader = DataLoader(
         steps,
@@ -71,9 +77,19 @@ def count_workers(data: settings.Data) -> int:
     return min(data.workers, usable_cores(), LOOKAHEAD)
 
 
-def draws(sources: Sequence[Index], target: Index, data: settings.Data) -> dict[str, Draw]:
-    """How the crops of each name are drawn."""
-    return {"source": Sources(sources, joint_classes(sources), data), "target": TargetImages(target, data)}
+def draws(
+    sources: Sequence[Index], target: Index, data: settings.Data, labelled: Index | None = None
+) -> dict[str, Draw]:
+    """How the crops of each name are drawn; names without images are left out."""
+    truth = [*sources, *([labelled] if labelled else [])]
+    found: dict[str, Draw] = {}
+    if sources:
+        found["source"] = Sources(sources, joint_classes(truth), data)
+    if labelled and labelled.labelled(SPLIT):
+        kind = "labelled target"
+        found["labelled"] = LabelledImages(labelled, joint_classes(truth), data, data.target_box, kind)
+    require_classes(truth)
+    return found | {"target": TargetImages(target, data)}
 
 
 class Steps(Dataset["Batch | CludaError"]):

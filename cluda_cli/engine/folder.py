@@ -2,6 +2,7 @@
 
 settings.json      resolved settings, a valid preset        manifest.json      versions, data, hashes, settings
 metrics.jsonl      a line per log and per validation        pictures/          what steps saw
+labelled.txt       target images that come with labels, if any; a list for data.labelled
 best.safetensors   weights with the best validation         last.safetensors   weights of the last save
 resume/state.pt    everything from which the run goes on
 """
@@ -11,7 +12,6 @@ import math
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ import torch
 import torchvision
 
 from cluda_cli import __version__, console
+from cluda_cli.data.datasets import Datasets
 from cluda_cli.data.index import Index
 from cluda_cli.distributed import collectives
 from cluda_cli.engine.run import Run
@@ -43,8 +44,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.settings, self.manifest, self.metrics = (
-            path / name for name in ("settings.json", "manifest.json", "metrics.jsonl")
+        self.settings, self.manifest, self.metrics, self.labelled = (
+            path / name for name in ("settings.json", "manifest.json", "metrics.jsonl", "labelled.txt")
         )
         self.best, self.last = path / "best.safetensors", path / "last.safetensors"
         self.state, self.pictures = path / "resume" / "state.pt", path / "pictures"
@@ -62,7 +63,7 @@ class RunFolder:
         elif not is_vacant(self.path):
             raise SettingsError("exists and is not a run", self.path, "name another folder with --run")
 
-    def begin(self, run: Run, sources: Sequence[Index], target: Index) -> None:
+    def begin(self, run: Run, datasets: Datasets) -> None:
         """Make the folder that of a new run, with a state from which a run killed early resumes too.
 
         The settings come first: a folder that has them is a run, and --overwrite replaces it.
@@ -70,27 +71,41 @@ class RunFolder:
         state = run.state_dict()
         if collectives.rank():
             return
-        for leftover in [self.state, self.metrics, self.best, self.last, *self.pictures.glob("*.png")]:
+        for leftover in [self.state, self.metrics, self.labelled, self.best, self.last, *self.pictures.glob("*.png")]:
             leftover.unlink(missing_ok=True)
-        self._keep_settings(run, _manifest(run, sources, target))
+        self._keep_settings(run, _manifest(run, datasets))
+        if images := datasets.labelled_images:
+            write_text(self.labelled, "".join(f"{image}\n" for image in images))
         save_state(self.state, state)
 
-    def read_saved(self, sources: Sequence[Index], target: Index) -> Saved:
+    def read_saved(self, datasets: Datasets) -> Saved:
         """Read the manifest and the last saved state. Raises DataError if the data are not those the run began with."""
+        indices = (*datasets.sources, datasets.target)
         try:
             began = json.loads(read_text(self.manifest), parse_constant=_refuse_constant)
             used = [(str(data["name"]), data["fingerprint"]) for data in (*began["sources"], began["target"])]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             what = f"cannot be read ({first_line(error)})"
             raise DataError(what, self.manifest, "start the run again with --overwrite") from error
-        if [index.name for index in (*sources, target)] != [name for name, _ in used]:
+        if [index.name for index in indices] != [name for name, _ in used]:
             what = f"the run began with other datasets: {', '.join(name for name, _ in used)}"
             raise DataError(what, self.manifest, "start a new run with --run")
-        for index, (name, fingerprint) in zip((*sources, target), used, strict=True):
+        for index, (name, fingerprint) in zip(indices, used, strict=True):
             if index.fingerprint != fingerprint:
                 what = f"the dataset {name} changed since the run began"
                 raise DataError(what, index.folder, "start a new run with --run")
+        if self._labelled_images() != datasets.labelled_images:
+            what = "the run began with other labelled images than data.labelled and training.seed give now"
+            raise DataError(what, self.labelled, f"set data.labelled={self.labelled}, or start a new run with --run")
         return Saved(began, load_state(self.state))
+
+    def _labelled_images(self) -> list[str]:
+        """The labelled target images with which the run began."""
+        try:
+            return self.labelled.read_text(encoding="utf-8").split("\n")[:-1] if self.labelled.exists() else []
+        except (OSError, ValueError) as error:
+            what = f"cannot be read ({first_line(error)})"
+            raise DataError(what, self.labelled, "start the run again with --overwrite") from error
 
     def resume(self, run: Run, saved: Saved) -> None:
         """Bring a run to its saved state and the folder's files to its step; all ranks must call it.
@@ -165,7 +180,7 @@ def _belongs(line: str, run: Run) -> bool:
         return False
 
 
-def _manifest(run: Run, sources: Sequence[Index], target: Index) -> dict[str, Any]:
+def _manifest(run: Run, datasets: Datasets) -> dict[str, Any]:
     """What is needed to repeat the run: versions, commit, device, weights, datasets, classes."""
     gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None
     versions = {"cluda": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
@@ -182,8 +197,9 @@ def _manifest(run: Run, sources: Sequence[Index], target: Index) -> dict[str, An
         "weights": weights,
         "start": run.start,
         "frozen": run.frozen,
-        "sources": [_identify(source) for source in sources],
-        "target": _identify(target),
+        "sources": [_identify(source) for source in datasets.sources],
+        "target": _identify(datasets.target),
+        "labelled": len(datasets.labelled_images),
         "classes": list(run.classes.names),
         "unseen": [name for name in run.classes.names if name not in run.seen],
     }

@@ -19,7 +19,8 @@ FRAME = 2  # pixels, width of the frame around a detail crop
 
 
 def write_pictures(path: Path, run: Run, batch: Batch, views: Sequence[View]) -> None:
-    """One PNG, a row per image: source, its label, target, pseudo-label, mixed, its label, masked, prediction.
+    """One PNG, a row per image: source, its label, labelled target, its label, target, pseudo-label, mixed, its label,
+    masked, prediction.
 
     The prediction is the student's on the target. White frames show where a student of two resolutions looked closely,
     unless it chose the place itself. Columns of views that the step did not make are left out. The state of the run
@@ -28,14 +29,17 @@ def write_pictures(path: Path, run: Run, batch: Batch, views: Sequence[View]) ->
     colors = torch.tensor(run.classes.palette(), dtype=torch.uint8).view(256, 3)
     rows = []
     by_name = {view.name: view for view in views}
-    source, mixed, masked = (by_name.get(name) for name in ("source", "mixed", "masked"))
-    images, label = batch["source"].image, batch["source"].label
+    mixed, masked = by_name.get("mixed"), by_name.get("masked")
     prediction = _predict(run, batch["target"].image)
     if collectives.rank():
         return
-    for i in range(len(images)):
-        shown = images[i] if source is None else _shown(source, i, run)
-        tiles = [shown, _paint(label[i], colors), batch["target"].image[i]]
+    for i in range(len(prediction)):
+        tiles = []
+        for name, crops in batch.items():
+            if crops.label is not None:
+                shown = _shown(by_name[name], i, run) if name in by_name else crops.image[i]
+                tiles += [shown, _paint(crops.label[i], colors)]
+        tiles.append(batch["target"].image[i])
         if mixed is not None:
             if mixed.pseudo_label is not None:
                 tiles.append(_paint(mixed.pseudo_label[i], colors))

@@ -38,19 +38,28 @@ class Run:
 
     `step` is the number of finished optimizer steps, `validated` the step of the last validation, `best` the best
     validation score with its step. The class table, the seen classes and the makers of views follow from sources and
-    settings, and are not state. A run that is `resumed` gets its weights from its state, so `model.start` is not read.
+    settings, and are not state. `labelled` are the target images with labels to learn from; without any label, all
+    classes count as seen. A run that is `resumed` gets its weights from its state, so `model.start` is not read.
 
     Raises SettingsError for settings that do not fit each other or the sources, DataError for weights that cannot be
     read, EnvironmentProblem for weights that are out of reach.
     """
 
     def __init__(
-        self, settings: Settings, sources: Sequence[Index], device: torch.device, *, resumed: bool = False
+        self,
+        settings: Settings,
+        sources: Sequence[Index],
+        device: torch.device,
+        *,
+        labelled: Index | None = None,
+        resumed: bool = False,
     ) -> None:
         self.settings, self.device = settings, device
-        self.classes, self.seen = joint_classes(sources), seen_classes(sources)
+        truth = [*sources, *([labelled] if labelled else [])]
+        self.classes = joint_classes(truth)
+        self.seen = seen_classes(truth) or self.classes.names
         balance = settings.data.class_balance
-        frequencies = class_frequencies(sources, settings.data.source_shares)
+        frequencies = class_frequencies(sources, settings.data.source_shares, labelled)
         weights = balance and class_weights(frequencies, balance.exponent)
         self.start: str | None = None
         """One line for the user that says what `model.start` did; None without it."""
@@ -64,7 +73,10 @@ class Run:
                 # Tensor cores read channels last; the teacher and the frozen copy inherit it. FSDP2 refuses it.
                 self.student.encoder.to(memory_format=torch.channels_last)
             frozen = self._read_teacher()
-            self.objectives = build_objectives(settings.objectives, self.student, self.classes, weights, frozen)
+            self.objectives = build_objectives(
+                settings.objectives_in_use, self.student, self.classes, weights, frozen,
+                "source" if settings.data.source else "labelled",
+            )  # fmt: skip
         self.makers = build_makers(settings, self.objectives, frequencies)
         if settings.model.start and not resumed:
             self.start = start_from(Path(settings.model.start), self.student, self.classes)

@@ -49,7 +49,7 @@ def training_step(run: Run, batch: Batch) -> StepResult:
     """
     step = run.step
     objectives = {n: o for n, o in run.objectives.items() if step >= o.settings.start and o.settings.weight > 0}
-    first = collectives.rank() * len(batch["source"].image)
+    first = collectives.rank() * len(batch["target"].image)
     scene = Scene(batch, run.teacher, run.settings.training.seed, step, first)
     run.student.train()
     run.optimizer.zero_grad(set_to_none=True)

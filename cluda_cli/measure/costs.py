@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 
 from cluda_cli.data.batch import Batch, to_device
-from cluda_cli.data.index import Index
+from cluda_cli.data.datasets import Datasets
 from cluda_cli.data.streams import Steps, count_workers, draws
 from cluda_cli.engine.run import Run
 from cluda_cli.engine.step import training_step
@@ -118,7 +118,7 @@ def find_largest_step(run: Run, batch: Batch) -> int:
     """
     usual, run.forward = run.forward, run.student
     try:
-        return find_largest_batch(partial(step_fits, run, batch), len(batch["source"].image))
+        return find_largest_batch(partial(step_fits, run, batch), len(batch["target"].image))
     finally:
         run.forward = usual
 
@@ -142,7 +142,7 @@ def step_fits(run: Run, batch: Batch, images: int) -> bool:
     """Whether a step with so many images per domain, made of those of `batch`, fits into the device's memory."""
     fits = True
     try:
-        index = (torch.arange(images) % len(batch["source"].image)).to(run.device)
+        index = (torch.arange(images) % len(batch["target"].image)).to(run.device)
         larger = {name: crops.select(index) for name, crops in batch.items()}
         training_step(run, larger)
         wait_for_device(run.device)
@@ -172,10 +172,11 @@ class Loading:
         return 1 / (self.processes * self.batches_per_second) if self.processes else 0.0
 
 
-def measure_loading(settings: Settings, sources: Sequence[Index], target: Index, first: int) -> Loading:
+def measure_loading(settings: Settings, datasets: Datasets, first: int) -> Loading:
     """Time some batches, made in this process on one thread, as a loader process makes them."""
     data, threads = settings.data, torch.get_num_threads()
-    steps = Steps(draws(sources, target, data), settings.training.seed, range(data.batch_size))
+    drawn = draws(datasets.sources, datasets.unlabelled, data, datasets.labelled)
+    steps = Steps(drawn, settings.training.seed, range(data.batch_size))
     torch.set_num_threads(1)
     try:
         for i in range(TIMED_BATCHES + 1):

@@ -30,8 +30,9 @@ def synthetic_batch(data: settings.Data, num_classes: int, generator: torch.Gene
     shape = (data.batch_size, *data.crop)
     everywhere = torch.ones(shape, dtype=torch.bool)
     source, target = (synthetic_images(data.batch_size, data.crop, generator) for _ in range(2))
-    label = synthetic_labels(data.batch_size, data.crop, num_classes, generator)
-    return {"source": Crops(source, everywhere, label=label), "target": Crops(target, everywhere, valid=everywhere)}
+    truth = Crops(source, everywhere, label=synthetic_labels(data.batch_size, data.crop, num_classes, generator))
+    names = ["source"] * bool(data.source) + ["labelled"] * (data.labelled is not None)
+    return dict.fromkeys(names, truth) | {"target": Crops(target, everywhere, valid=everywhere)}
 
 
 def synthetic_images(count: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:

@@ -1,14 +1,14 @@
 """A run for measurements. It costs what a run of the settings costs, and needs no weights, no data and no learning."""
 
 import itertools
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 
 import torch
 from torch import Tensor
 
 from cluda_cli.adaptation.teacher import PseudoLabels
 from cluda_cli.data.batch import Batch
-from cluda_cli.data.index import Index, joint_classes
+from cluda_cli.data.datasets import Datasets
 from cluda_cli.data.streams import batches
 from cluda_cli.engine.run import Run
 from cluda_cli.measure.synthetic import synthetic_batch, synthetic_labels
@@ -39,14 +39,17 @@ def make_measurable(settings: Settings, steps: int) -> Settings:
 
 
 def stream_batches(
-    settings: Settings, sources: Sequence[Index], target: Index | None, first: int, device: torch.device
+    settings: Settings, datasets: Datasets | None, num_classes: int, first: int, device: torch.device
 ) -> Generator[Batch, None, None]:
     """Batches of the datasets, or one synthetic batch again and again."""
     pin_memory = device.type == "cuda"
-    if target:
+    if datasets:
         data, training = settings.data, settings.training
-        return batches(sources, target, data, training.seed, first, training.steps, pin_memory=pin_memory)
-    batch = synthetic_batch(settings.data, len(joint_classes(sources)), generator(settings, "bench batch"))
+        return batches(
+            datasets.sources, datasets.unlabelled, data, training.seed, first, training.steps,
+            labelled=datasets.labelled, pin_memory=pin_memory,
+        )  # fmt: skip
+    batch = synthetic_batch(settings.data, num_classes, generator(settings, "bench batch"))
     if pin_memory:
         batch = {name: crops.pin_memory() for name, crops in batch.items()}
     return (each for each in itertools.repeat(batch))

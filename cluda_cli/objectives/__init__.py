@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from cluda_cli import settings
 from cluda_cli.adaptation.mixing import tail_law
 from cluda_cli.adaptation.teacher import FrozenTeacher
-from cluda_cli.adaptation.views import MakeMasked, MakeMixed, Maker, MakeSource, MakeStrongTarget, make_target
+from cluda_cli.adaptation.views import MakeMasked, MakeMixed, Maker, MakeStrongTarget, MakeTruth, make_target
 from cluda_cli.data.labels import ClassTable
 from cluda_cli.errors import SettingsError
 from cluda_cli.models.multires import MultiResolution
@@ -35,28 +35,32 @@ def build_objectives(
     classes: ClassTable,
     class_weights: Tensor | None = None,
     teacher: FrozenTeacher | None = None,
+    truth: str = "source",
 ) -> nn.ModuleDict:
     """The objectives that the settings switch on, by the name of their section.
 
-    The encoder of `student` must hold its pretrained weights; `classes` are those of the sources. `class_weights` (K)
-    are those of ground truth in cross-entropy, `teacher` is that of distillation. Raises SettingsError for classes that
-    do not exist, and for distillation without a teacher.
+    The encoder of `student` must hold its pretrained weights; `classes` are those of the labels. `class_weights` (K)
+    are those of ground truth in cross-entropy, `teacher` is that of distillation. `truth` is the view of ground truth
+    that all other objectives read: `source`, or `labelled` in a run without a source. Raises SettingsError for classes
+    that do not exist, and for distillation without a teacher.
     """
     chosen: dict[str, Objective] = {}
     if s.source:
         chosen["source"] = CrossEntropy(s.source, "source", class_weights, s.source.hard_pixels)
+    if s.labelled:
+        chosen["labelled"] = CrossEntropy(s.labelled, "labelled", class_weights, s.labelled.hard_pixels)
     if s.mixed:
         chosen["mixed"] = CrossEntropy(s.mixed, "mixed", class_weights)
     if s.masked:
         chosen["masked"] = CrossEntropy(s.masked, "masked", class_weights)
     if s.feature_distance:
-        chosen["feature_distance"] = FeatureDistance(s.feature_distance, student.encoder, classes)
+        chosen["feature_distance"] = FeatureDistance(s.feature_distance, student.encoder, classes, truth)
     if s.pixel_contrast:
-        views = ("source", "mixed") if s.mixed else ("source",)
+        views = (truth, "mixed") if s.mixed else (truth,)
         channels = student.encoder.channels if isinstance(student, MultiResolution) else None
         chosen["pixel_contrast"] = PixelContrast(s.pixel_contrast, views, channels)
     if s.anchor_contrast:
-        views = ("source", "mixed") if s.mixed else ("source",)
+        views = (truth, "mixed") if s.mixed else (truth,)
         fused = student.decoder.classifiers()[0].in_channels
         chosen["anchor_contrast"] = AnchorContrast(s.anchor_contrast, views, fused)
     if s.zero_style:
@@ -79,7 +83,7 @@ def build_objectives(
     if s.prototype_contrast:
         fused = student.decoder.classifiers()[0].in_channels
         chosen["prototype_contrast"] = PrototypeContrast(
-            s.prototype_contrast, len(classes), student.encoder.channels, fused
+            s.prototype_contrast, len(classes), student.encoder.channels, fused, truth
         )
     if s.semantic_negatives:
         fused = student.decoder.classifiers()[0].in_channels
@@ -102,14 +106,19 @@ def build_makers(
 ) -> dict[str, Maker]:
     """How each view is made, by its name, in the order in which the student sees them.
 
-    `frequencies` are those of the classes in the source, which `mixing.tail` asks for. Raises SettingsError if an
+    `frequencies` are those of the classes in the ground truth, which `mixing.tail` asks for. Raises SettingsError if an
     objective reads a view that nobody makes, if two make different views of one name, or if no class is rare for
     `mixing.tail`.
     """
     law = restrict_law(s.mixing.tail, objectives, frequencies) if s.mixing.tail else None
-    makers: dict[str, Maker] = {
-        "source": MakeSource(s.mixing),
-        "mixed": MakeMixed(s.mixing, law),
+    makers: dict[str, Maker] = {}
+    if s.data.source:
+        makers["source"] = MakeTruth("source", s.mixing)
+    if s.data.labelled is not None:
+        makers["labelled"] = MakeTruth("labelled", s.mixing)
+    if s.has_ground_truth:
+        makers["mixed"] = MakeMixed(s.mixing, law)
+    makers |= {
         "masked": MakeMasked(s.masking, s.mixing),
         "second masked": MakeMasked(s.masking, s.mixing, "second "),
         "target": make_target,
@@ -124,7 +133,8 @@ def build_makers(
     for name, objective in objectives.items():
         if unknown := {view for group in objective.reads for view in group} - makers.keys():
             what = f"reads the view {', '.join(sorted(unknown))}, which nobody makes"
-            raise SettingsError(what, f"objectives.{name}", f"views are {', '.join(makers)}")
+            more = "" if s.has_ground_truth else "; data.source or data.labelled gives more"
+            raise SettingsError(what, f"objectives.{name}", f"views are {', '.join(makers)}{more}")
     return makers
 
 

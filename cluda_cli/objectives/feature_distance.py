@@ -24,11 +24,13 @@ class FeatureDistance(Objective):
     Raises SettingsError if the classes it shall act on do not exist, or if there are none.
     """
 
-    reads = (("source",),)
     settings: settings.FeatureDistance
 
-    def __init__(self, section: settings.FeatureDistance, encoder: nn.Module, classes: ClassTable) -> None:
+    def __init__(
+        self, section: settings.FeatureDistance, encoder: nn.Module, classes: ClassTable, view: str = "source"
+    ) -> None:
         super().__init__(section)
+        self.reads = ((view,),)
         self.num_classes = len(classes)
         acts_on = torch.zeros(256, dtype=torch.bool)
         acts_on[list(_train_ids(section, classes))] = True

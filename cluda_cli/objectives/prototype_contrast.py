@@ -38,17 +38,23 @@ class PrototypeContrast(Objective):
     which knows nothing, gives 0. Features have length 1. The term of a view is the mean of the pixels' losses by their
     weights, over all ranks. With two resolutions pixels are cells of the context.
 
-    `channels` are those of the encoder's maps, `fused` those of the fused feature. The head that makes the features of
-    the statistics is a moving average, as the teacher is one of the student; with statistics of the student, a copy.
+    `channels` are those of the encoder's maps, `fused` those of the fused feature; `truth` is the view of
+    ground truth. The head that makes the features of the statistics is a moving average, as the teacher is one of the
+    student; with statistics of the student, a copy.
     """
 
     settings: settings.PrototypeContrast
 
     def __init__(
-        self, section: settings.PrototypeContrast, num_classes: int, channels: Sequence[int], fused: int
+        self,
+        section: settings.PrototypeContrast,
+        num_classes: int,
+        channels: Sequence[int],
+        fused: int,
+        truth: str = "source",
     ) -> None:
         super().__init__(section)
-        self.reads = (("source",), (section.target_view,))
+        self.truth, self.reads = truth, ((truth,), (section.target_view,))
         projected, averaged = section.features == "projection", section.running == "average"
         size = section.projection_channels if projected else fused
         self.head = Projection(channels, size) if projected else None
@@ -65,7 +71,7 @@ class PrototypeContrast(Objective):
             maps = make_features(output, self.head)  # B D h w
             size, num_classes = maps.shape[2:], len(self.known.count)
             label, weight = to_cells(view.label, view.weight.float(), size, self.settings.label_share, num_classes)
-            if self.settings.only_correct_source and view.name == "source":
+            if self.settings.only_correct_source and view.name == self.truth:
                 label = leave_out_wrong(label, output.logits)
             features, label = to_rows(maps), label.flatten()  # N D, N
             weight = weight.flatten() * is_counted(label, self.known.met)
@@ -92,7 +98,7 @@ class PrototypeContrast(Objective):
     def update(self, scene: Scene, seen: Sequence[Seen]) -> None:
         """Take in the source features of the step: the teacher's, or what the student made of the source view."""
         source, decay = scene.source, 0.0
-        found = [(output, view.label) for output, view in seen if view.name == "source"]
+        found = [(output, view.label) for output, view in seen if view.name == self.truth]
         if self.settings.statistics_from == "teacher":
             decay = ema_decay(scene.step + 1, scene.teacher.decay)
             found = [(scene.teacher.output(source.image, keep_statistics=False), source.label)]

@@ -11,11 +11,11 @@ from pydantic import Field, model_validator
 
 from cluda_cli.settings.networks import *
 from cluda_cli.settings.objectives import *
-from cluda_cli.settings.section import Margins, Names, Optional, Section, Size, Unset
+from cluda_cli.settings.section import Amount, Margins, Names, Optional, Section, Size, Unset
 
 
 class RareClass(Section):
-    """Rare-class sampling of source images (DAFormer, section 3.3)."""
+    """Rare-class sampling of source and labelled target images, each by its own labels (DAFormer, section 3.3)."""
 
     temperature: float = Field(0.01, gt=0)
     """Softmax temperature over (1 - class frequency); large values draw all classes equally often."""
@@ -35,7 +35,7 @@ class ClassBalance(Section):
     """Cross-entropy in which ground-truth pixels of rare classes weigh more."""
 
     exponent: float = Field(0.5, ge=0, le=1)
-    """A pixel weighs its class's frequency in the source to the power of minus this; the mean weight is 1."""
+    """A pixel weighs its class's frequency in the ground truth to the power of minus this; the mean weight is 1."""
     correct_pseudo_labels: bool = True
     """Take the logarithm of the weights from the teacher's logits, which have learned a prior that is tilted by them.
     Pseudo-labels only; the network that is evaluated and deployed stays as it is."""
@@ -45,11 +45,15 @@ class Data(Section):
     """What is trained on."""
 
     source: Names = ("gta",)
-    """Labelled datasets: names of prepared datasets, or folders that hold an index.json; classes match by name."""
+    """Labelled datasets: names of prepared datasets, or folders that hold an index.json; classes match by name. false
+    trains on target images alone: labelled ones take the place of the source."""
     source_shares: Unset[tuple[Annotated[float, Field(gt=0)], ...]] = None
     """Share of the source images that each of several sources gives; unset: in proportion to its images."""
     target: str = "cityscapes"
-    """Unlabelled dataset: a name or folder as for a source; its labels serve validation only."""
+    """Unlabelled dataset: a name or folder as for a source; its labels serve validation only, but for `labelled`."""
+    labelled: Unset[Amount] = None
+    """Training images of the target whose labels are learned from, drawn by the seed: a number (50), a share of those
+    that have labels (0.1), or a file that lists one image a line. The others are used without labels."""
     root: Path = Path("data")
     """Folder of the datasets; prepared ones lie in its subfolder `prepared`."""
     crop: Size = (512, 512)
@@ -59,13 +63,13 @@ class Data(Section):
     target_box: Optional[Size] = (540, 1024)
     """The same for target images, in training, evaluation and prediction."""
     batch_size: int = Field(2, ge=1)
-    """Images per domain in one step."""
+    """Images of each kind in one step: source, target, labelled target."""
     workers: int = Field(2, ge=0)
     """Loader processes; 0 loads in the training process."""
     max_class_share: float = Field(0.75, gt=0, le=1)
-    """A source crop is redrawn, up to ten times, while one class covers this share of its labelled pixels or more."""
+    """A labelled crop is redrawn, up to ten times, while one class covers this share of its labelled pixels or more."""
     rare_class: Optional[RareClass] = RareClass()
-    """Rare-class sampling; false draws source images uniformly."""
+    """Rare-class sampling; false draws labelled images uniformly."""
     class_balance: Optional[ClassBalance] = None
     """Class weights in the cross-entropy; false weighs all pixels alike."""
     target_margins: Unset[Margins] = None
@@ -106,7 +110,8 @@ class Mixing(Section):
     blur_sigma: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.15, 1.15)
     """Range of the standard deviation of the blur, pixels."""
     source_jitter_strength: Unset[Annotated[float, Field(ge=0, le=0.5)]] = None
-    """Jitter strength of source images, which are then blurred too, as mixed ones are; unset: they stay as they are."""
+    """Jitter strength of source and labelled target images, which are then blurred too, as mixed ones are; unset: they
+    stay as they are."""
     uncertain_detail_from: Unset[Annotated[int, Field(ge=0)]] = None
     """From this step on, a mixed image shows in detail where its context is least certain; unset: anywhere, always."""
     tail: Optional[Tail] = None
@@ -123,7 +128,7 @@ class Masking(Section):
     augment: bool = True
     """Jitter and blur target images, as set for mixing, before they are masked."""
     with_source: bool = False
-    """Mask source images in place of half of the target images."""
+    """Mask source images (without a source labelled target images) in place of half of the target images."""
     importance: Unset[Literal["uncertainty", "boundary", "rarity"]] = None
     """Hide blocks the less likely, the more important they are (GCA): where the teacher is uncertain, where classes
     meet, or where classes are rare; unset: all alike."""
@@ -217,6 +222,17 @@ class Settings(Section):
         stride = self.evaluation.stride or (-(-window[0] // 2), -(-window[1] // 2))
         return self.evaluation.model_copy(update={"window": window, "stride": stride})
 
+    @property
+    def has_ground_truth(self) -> bool:
+        """Whether any image comes with labels."""
+        return bool(self.data.source) or self.data.labelled is not None
+
+    @property
+    def objectives_in_use(self) -> Objectives:
+        """`objectives` without the cross-entropy of images that the run does not have."""
+        there = {"source": bool(self.data.source), "labelled": self.data.labelled is not None}
+        return self.objectives.model_copy(update={name: None for name, has_any in there.items() if not has_any})
+
     @model_validator(mode="before")
     @classmethod
     def _tables(cls, value: Any) -> Any:
@@ -241,12 +257,14 @@ class Settings(Section):
             problems.append("masking.with_source needs a data.batch_size of 2 or more")
         if self.objectives.semantic_negatives and self.data.batch_size < 2:
             problems.append("objectives.semantic_negatives needs a data.batch_size of 2 or more")
+        if self.masking.with_source and self.objectives.masked and not self.has_ground_truth:
+            problems.append("masking.with_source needs data.source or data.labelled")
         if set(self.model.freeze) == {"encoder", "decoder", "head"}:
             problems.append("model.freeze leaves nothing of the network to learn; name at most two parts")
         shares = self.data.source_shares
         if shares and len(shares) != len(self.data.source):
             problems.append(f"data.source_shares must have one share for each source, {len(self.data.source)}")
-        if not any(objective and objective.weight and not objective.start for _, objective in self.objectives):
+        if not any(objective and objective.weight and not objective.start for _, objective in self.objectives_in_use):
             problems.append("objectives has no term that is on from the first step")
         if self.mixing.blur_sigma[0] > self.mixing.blur_sigma[1]:
             problems.append("mixing.blur_sigma must be (smallest, largest)")

@@ -32,8 +32,8 @@ class HardPixels(Section):
     """At least this share of the labelled pixels of every image is kept, the hardest ones."""
 
 
-class SourceCrossEntropy(CrossEntropy):
-    """Cross-entropy on source images, on the whole crop and on its detail."""
+class SupervisedCrossEntropy(CrossEntropy):
+    """Cross-entropy on ground truth, on the whole crop and on its detail."""
 
     hard_pixels: Optional[HardPixels] = None
     """Mean over hard pixels in place of the mean over all pixels; false takes all."""
@@ -252,18 +252,22 @@ class NodeContrast(Objective):
 class Objectives(Section):
     """The terms of the loss."""
 
-    source: Optional[SourceCrossEntropy] = SourceCrossEntropy()
+    source: Optional[SupervisedCrossEntropy] = SupervisedCrossEntropy()
     """Cross-entropy on labelled source images; false switches it off."""
+    labelled: Optional[SupervisedCrossEntropy] = SupervisedCrossEntropy()
+    """Cross-entropy on labelled target images, where `data.labelled` gives some; false switches it off."""
     mixed: Optional[CrossEntropy] = CrossEntropy()
     """Cross-entropy on class-mixed images with pseudo-labels; false switches it off."""
     masked: Optional[CrossEntropy] = None
     """Cross-entropy on masked images with pseudo-labels: masked consistency; false switches it off."""
     feature_distance: Optional[FeatureDistance] = FeatureDistance()
-    """Distance to the pretrained encoder on source images; false switches it off."""
+    """Distance to the pretrained encoder on source images, without a source on labelled target images; false switches
+    it off."""
     pixel_contrast: Optional[PixelContrast] = PixelContrast()
-    """Contrast on source images and, if `mixed` is on, on mixed images; false switches it off."""
+    """Contrast on source images (without a source on labelled target images) and, if `mixed` is on, on mixed images;
+    false switches it off."""
     anchor_contrast: Optional[AnchorContrast] = None
-    """Contrast of anchors in source images and, if `mixed` is on, in mixed images; false switches it off."""
+    """Contrast of anchors in the images that `pixel_contrast` reads; false switches it off."""
     zero_style: Optional[ZeroStyle] = None
     """Both domains without the moments of their channels; false switches it off."""
     memory_contrast: Optional[MemoryContrast] = None

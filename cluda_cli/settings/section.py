@@ -23,9 +23,9 @@ Optional = Annotated[T | None, BeforeValidator(_switch)]
 Unset = Annotated[T | None, BeforeValidator(_value)]
 
 
-def _one_or_more(value: Any) -> Any:
-    """A single name is a list of one."""
-    return (value,) if isinstance(value, str) else value
+def _some_or_none(value: Any) -> Any:
+    """A single name is a list of one, `false` an empty one."""
+    return () if value is False else (value,) if isinstance(value, str) else value
 
 
 def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -34,7 +34,19 @@ def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-Names = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_one_or_more), AfterValidator(_distinct)]
+def _amount(value: int | float | str) -> int | float | str:
+    if isinstance(value, int) and value < 1:
+        raise ValueError("a number of images is 1 or more; false takes none")
+    if isinstance(value, float) and not 0 < value <= 1:
+        raise ValueError("a share of the images is above 0 and at most 1.0; a number has no decimal point")
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("a list file has a name")
+    return value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_some_or_none), AfterValidator(_distinct)]
+Amount = Annotated[int | float | str, AfterValidator(_amount)]
+"""A number (int), a share (float), or the path of a list file."""
 Size = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
 Margins = tuple[
     Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]

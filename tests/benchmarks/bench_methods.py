@@ -28,11 +28,10 @@ CPU = torch.device("cpu")
 def build(settings: Settings) -> tuple[Run, Batch]:
     """A run in which all that begins later has begun, and a batch."""
     measured = make_measurable(settings, find_busiest_step(settings) + 100)
-    source = synthetic_source()
-    run = Run(measured, [source], CPU)
+    run = Run(measured, [synthetic_source()], CPU)
     run.step = find_busiest_step(settings)
     imitate_pseudo_labels(run)
-    return run, next(stream_batches(measured, [source], None, run.step, CPU))
+    return run, next(stream_batches(measured, None, len(run.classes), run.step, CPU))
 
 
 def measure(chosen: Sequence[Settings], rounds: int) -> list[list[float]]:

@@ -111,11 +111,10 @@ def build(settings: Settings, device: torch.device, training: dict[str, Any]) ->
     seldom = {"log_every": 10**9, "save_every": 10**9, "validate_every": 10**9, "pictures_every": 0}
     changed = run_settings.training.model_copy(update=seldom | training)
     run_settings = run_settings.model_copy(update={"training": changed})
-    source = synthetic_source()
-    run = Run(run_settings, [source], device)
+    run = Run(run_settings, [synthetic_source()], device)
     run.step = max(find_busiest_step(settings), 1)
     imitate_pseudo_labels(run)
-    return run, to_device(next(stream_batches(run_settings, [source], None, run.step, device)), device)
+    return run, to_device(next(stream_batches(run_settings, None, len(run.classes), run.step, device)), device)
 
 
 def step_seconds(run: Run, batch: Batch) -> float:

@@ -133,10 +133,10 @@ def measure(
     source: Index, target: Index, folder: Path, data: settings.Data, count: int, repeats: int
 ) -> tuple[dict[str, list[float]], float]:
     """Rates of each side, by repeat, and the mean number of tries of the plain loader."""
-    labelled, unlabelled = LabelledImages(source, source.classes, data), TargetImages(target, data)
+    labelled, unlabelled = LabelledImages(source, source.classes, data, data.source_box), TargetImages(target, data)
     cached_source = with_cache(source, folder / "cached-source", data.source_box)
     cached_target = with_cache(target, folder / "cached-target", data.target_box)
-    cached = LabelledImages(cached_source, source.classes, data), TargetImages(cached_target, data)
+    cached = LabelledImages(cached_source, source.classes, data, data.source_box), TargetImages(cached_target, data)
     for ours, theirs in zip((labelled, unlabelled), cached, strict=True):
         images = (draw(np.random.default_rng(0)).image for draw in (ours, theirs))
         assert torch.equal(*images), "the cache changes what is learned from"

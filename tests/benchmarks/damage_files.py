@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from cluda_cli import console, presets
 from cluda_cli.commands.prepare import prepare
 from cluda_cli.commands.train import train
+from cluda_cli.data.datasets import Datasets
 from cluda_cli.data.frames import Frames
 from cluda_cli.data.index import find, read_stamp, seen_classes
 from cluda_cli.data.sampling import Crop
@@ -104,7 +105,7 @@ class Damage:
         return checksum([[frames.image(i, whole), frames.label(i)] for i in self.source.split("train")])
 
     def _resume(self) -> str:
-        self.files.resume(self.run, self.files.read_saved([self.source], self.target))
+        self.files.resume(self.run, self.files.read_saved(Datasets((self.source,), self.target, self.target, None)))
         return ""
 
     def _read_state(self) -> str:

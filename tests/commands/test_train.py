@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from cluda_cli import presets
 from cluda_cli.commands import train as verb
 from cluda_cli.commands.train import train
+from cluda_cli.data.datasets import open_datasets
 from cluda_cli.data.index import find
 from cluda_cli.data.labels import ClassTable
 from cluda_cli.engine.folder import RunFolder
@@ -258,6 +259,46 @@ def test_resume_is_exact_with_two_resolutions(tiny_settings, tmp_path, assert_re
     settings = presets.validate(presets.merge(tiny_settings.model_dump(mode="json"), tree))
     train(settings, tmp_path / "whole")
     assert_resume_is_exact(settings, tmp_path / "whole", tmp_path / "parts", 3)
+
+
+@pytest.mark.parametrize("source", ["clean", False], ids=["with source", "target alone"])
+def test_a_run_with_labelled_target_images(source, tiny_settings, tmp_path, make_dataset, assert_resume_is_exact):
+    """The split is in the folder of the run, and a resumed run keeps to it."""
+    make_dataset("camera", images=6)
+    changes = {
+        "data": {"source": source, "target": "camera", "labelled": 2, "rare_class": {"min_pixels": 0}},
+        "mixing": {"source_jitter_strength": 0.3},
+        "training": {"steps": 3, "validate_every": 3, "pictures_every": 2},
+    }
+    settings = presets.validate(presets.merge(tiny_settings.model_dump(mode="json"), changes))
+    train(settings, tmp_path / "whole")
+    images = (tmp_path / "whole" / "labelled.txt").read_text().splitlines()
+    assert images == open_datasets(settings.data, 0).labelled_images and len(images) == 2
+    truth = ["source"] * bool(source) + ["labelled"]
+    others = {f"{truth[0]}/feature_distance", f"{truth[0]}/pixel_contrast", "mixed/mixed", "mixed/pixel_contrast"}
+    assert set(metrics(tmp_path / "whole")[0]["terms"]) == others | {f"{name}/{name}" for name in truth}
+    assert json.loads((tmp_path / "whole" / "manifest.json").read_text())["labelled"] == 2
+    assert_resume_is_exact(settings, tmp_path / "whole", tmp_path / "parts", 1)
+    for change in ({"labelled": 3}, {"labelled": False, "source": "clean"}):
+        other = presets.validate(presets.merge(settings.model_dump(mode="json"), {"data": change}))
+        with pytest.raises(DataError, match="other (labelled images|datasets)"):
+            train(other, tmp_path / "parts", resume=True)
+    repeated = settings.data.model_copy(update={"labelled": str(tmp_path / "whole" / "labelled.txt")})
+    assert open_datasets(repeated, 1).labelled_images == images
+
+
+def test_labels_of_a_few_target_images_alone(tiny_settings, tmp_path, make_dataset):
+    """Supervised: no view needs a teacher, and classes are those of the target."""
+    make_dataset("camera")
+    changes = {
+        "data": {"source": False, "target": "camera", "labelled": 1.0},
+        "objectives": {"mixed": False, "feature_distance": False, "pixel_contrast": False},
+        "training": {"steps": 1},
+    }
+    train(presets.validate(presets.merge(tiny_settings.model_dump(mode="json"), changes)), tmp_path / "x")
+    lines = metrics(tmp_path / "x")
+    assert list(lines[0]["terms"]) == ["labelled/labelled"]
+    assert {key.split("/")[0] for key in lines[-1] if "/" in key} == {"student"}
 
 
 @pytest.mark.parametrize("preset", ["dinov2-cluda", "dinov2-small"])

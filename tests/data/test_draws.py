@@ -1,6 +1,7 @@
 """How crops are drawn: what is in them, from where, and what is refused."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from cluda_cli.data.draws import LabelledImages, TargetImages
 from cluda_cli.data.index import Index, Item, joint_classes, seen_classes
 from cluda_cli.data.labels import CITYSCAPES, ClassTable, LabelClass
-from cluda_cli.data.streams import batches
+from cluda_cli.data.streams import Steps, batches, draws
 from cluda_cli.errors import DataError, SettingsError
 from cluda_cli.settings import Data, RareClass
 
@@ -151,7 +152,7 @@ def test_stream_draws_as_a_loader_that_repeats_its_whole_pipeline(tmp_path, coor
     bench = load_bench()
     index = bench.write_dataset(tmp_path, 3, (32, 48), seed=1)
     data = Data(crop=(16, 16), source_box=None, rare_class=RareClass(min_crop_share=12 / 256))
-    stream = LabelledImages(index, index.classes, data)
+    stream = LabelledImages(index, index.classes, data, None)
     # Rows and columns in place of the pictures tell where a crop comes from.
     for i in range(3):
         image = coordinates(32, 48)[0]
@@ -195,7 +196,32 @@ def test_several_sources_are_drawn_by_their_shares_in_joint_train_ids(tmp_path, 
 
 
 def test_a_law_chooses_the_drawn_classes_unless_no_class_has_a_probability(index):
-    rare = LabelledImages(index, index.classes, settings(rare_class=RareClass(min_pixels=0))).rare
+    rare = LabelledImages(index, index.classes, settings(rare_class=RareClass(min_pixels=0)), None).rare
     only_one = tuple(float(i == 1) for i in range(19))
     assert {rare.draw(np.random.default_rng(i), only_one)[0] for i in range(20)} == {1}
     assert rare.draw(np.random.default_rng(0), (0.0,) * 19) == rare.draw(np.random.default_rng(0))
+
+
+def test_labelled_target_images_are_drawn_like_the_target_and_labelled_like_the_source(tmp_path, make_index):
+    """They have the size of the target, both flips, train ids of the joint classes, and rare classes of their own."""
+    source = make_index(tmp_path / "source", [(40, 60)])
+    named = ClassTable(tuple(reversed(CITYSCAPES)))
+    labelled = replace(make_index(tmp_path / "target", [(80, 120), (80, 120)]), classes=named)
+    data = settings(target_box=(40, 60), rare_class=RareClass(min_pixels=0), batch_size=3)
+    drawn = list(batches([source], labelled, data, 0, 0, 10, labelled=labelled))
+    assert set(drawn[0]) == {"source", "labelled", "target"}
+    for crops in (batch["labelled"] for batch in drawn):
+        row, column = crops.image[:, 0].long() - 1, crops.image[:, 1].long() - 1  # halved, as the target
+        assert torch.equal(crops.label.long(), 18 - code(row, column))
+        assert crops.valid is None and crops.inside.all()
+    assert set(next(batches([], labelled, data, 0, 0, 1, labelled=labelled))) == {"labelled", "target"}
+
+
+def test_a_law_acts_on_labelled_target_images_too(index):
+    """Only image 1 is said to hold class 7, the rarer one; blue tells the number of the image."""
+    items = tuple(replace(item, pixels={7 if i == 1 else 3: 900}) for i, item in enumerate(index.split("train")))
+    labelled = replace(index, splits={"train": items})
+    data = settings(rare_class=RareClass(min_pixels=0, min_crop_share=0))
+    steps = Steps(draws([], index, data, labelled), 0, range(8))
+    images = [steps[0, law]["labelled"].image[:, 2, 0, 0] for law in (None, tuple(float(k == 3) for k in range(19)))]
+    assert (images[0] == 1).all() and (images[1] != 1).all()

@@ -133,7 +133,7 @@ def test_unreadable_file_is_one_clear_line(fork_server, tmp_path, workers, name,
 
 def test_sources_whose_labels_hold_one_class_are_refused(tmp_path, index):
     lone = Index("lone", tmp_path, tmp_path, index.classes, {"train": (Item("a.png", "b.png", (40, 60), {1: 9}),)})
-    with pytest.raises(DataError, match="source labels hold one class only: sidewalk"):
+    with pytest.raises(DataError, match="the labels hold one class only: sidewalk"):
         batches([lone], index, settings(), 0, 0, 1)
     other = Index("other", tmp_path, tmp_path, index.classes, {"train": (Item("a.png", "b.png", (40, 60), {2: 9}),)})
     batches([lone, other], index, settings(), 0, 0, 1).close()

@@ -67,7 +67,7 @@ CLUDA = {
     },
 }
 MIC = {
-    "data": {"batch_size": 2, "crop": [128, 128]},
+    "data": {"batch_size": 2, "crop": [128, 128], "target": "clean", "labelled": 2},
     "model": {"multires": {}},
     "mixing": {"uncertain_detail_from": 1},
     "masking": {"block": 16, "with_source": True},
@@ -139,8 +139,10 @@ def test_two_processes_compute_what_one_does(tiny_settings, tmp_path, monkeypatc
     worker = runpy.run_path(str(WORKER))
     monkeypatch.setitem(VARIANTS, "mit_b0", worker["NARROW"])
     cluda = with_biases(changed(tiny_settings, CLUDA), tmp_path / "biased.safetensors")
+    few = changed(cluda, {"data": {"source": False, "target": "clean", "labelled": 4}})
     distilled = with_teacher(changed(cluda, DISTILLATION), tmp_path / "teacher.safetensors")
     cases = {"cluda": cluda, "mic": changed(cluda, MIC), "views": changed(cluda, VIEWS), "distilled": distilled}
+    cases["few"] = few
     for name, settings in cases.items():
         (tmp_path / f"{name}.json").write_text(settings.model_dump_json())
         sharded = changed(settings, {"training": {"shard": True}})

@@ -11,7 +11,8 @@ from unittest.mock import patch
 import torch
 
 from cluda_cli import presets
-from cluda_cli.data.index import Index, find
+from cluda_cli.data.datasets import open_datasets
+from cluda_cli.data.index import Index
 from cluda_cli.data.streams import batches
 from cluda_cli.distributed import collectives
 from cluda_cli.engine.run import Run
@@ -28,8 +29,8 @@ NARROW = Variant((8, 8, 20, 32), (1, 1, 1, 2))
 
 def outcome(settings: Settings) -> dict[str, Any]:
     """Two training steps in float64 and a validation: all that must not depend on the number of processes."""
-    *sources, target = (find(name, settings.data.root) for name in (*settings.data.source, settings.data.target))
-    run = Run(settings, sources, torch.device("cpu"))
+    datasets = open_datasets(settings.data, settings.training.seed)
+    run = Run(settings, datasets.sources, torch.device("cpu"), labelled=datasets.labelled)
     for module in run.objectives.modules():
         if isinstance(module, torch.nn.Dropout2d | torch.nn.BatchNorm2d):
             module.eval()  # masks and batch statistics depend on the rank
@@ -38,12 +39,13 @@ def outcome(settings: Settings) -> dict[str, Any]:
         for module in (run.student, run.teacher, run.objectives):
             module.double()
         mine = collectives.local_positions(settings.data.batch_size)
-        for i, batch in enumerate(batches(sources, target, settings.data, 0, 0, 2, positions=mine)):
+        sources, target, labelled = datasets.sources, datasets.unlabelled, datasets.labelled
+        for i, batch in enumerate(batches(sources, target, settings.data, 0, 0, 2, labelled=labelled, positions=mine)):
             found[f"terms {i}"] = dict(training_step(run, batch).terms)
             found |= {f"{part} {i}": tensors for part, tensors in state(run).items()}
     if not settings.training.shard:  # FSDP2 does not let the type change
         networks = {"student": run.student.to(torch.float32), "norms": with_statistics(len(run.classes))}
-        found["confusion"] = {name: count(run, network, target) for name, network in networks.items()}
+        found["confusion"] = {name: count(run, network, datasets.target) for name, network in networks.items()}
     return found
 
 

@@ -217,7 +217,7 @@ def test_every_preset_takes_a_step(name, overlay, tiny_settings, tmp_path):
         path.unlink()  # pytest keeps the files of three sessions
     before = flat(run.student)
     result = training_step(run, next(iter(stream)))
-    assert set(run.objectives) == {n for n, o in preset.objectives if o}
+    assert set(run.objectives) == {n for n, o in settings.objectives_in_use if o}
     own = {name for objective in run.objectives.values() for name in objective.makers()}
     seen = {"target" if name == "distilled" else name for name in run.objectives}
     assert {view.name for view in result.views} == seen & {"source", "mixed", "masked", "target"} | own

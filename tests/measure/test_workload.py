@@ -6,9 +6,9 @@ from itertools import islice
 import torch
 
 from cluda_cli import presets
+from cluda_cli.data.datasets import Datasets
 from cluda_cli.data.index import find
 from cluda_cli.data.streams import batches
-from cluda_cli.measure.synthetic import synthetic_source
 from cluda_cli.measure.workload import (
     CONFIDENT_SHARE,
     find_busiest_step,
@@ -43,7 +43,7 @@ def test_a_start_file_is_not_needed_and_a_longer_run_stays_as_long():
 
 
 def test_without_datasets_one_batch_comes_again_and_again(tiny_settings):
-    with closing(stream_batches(tiny_settings, [synthetic_source()], None, 0, CPU)) as stream:
+    with closing(stream_batches(tiny_settings, None, 19, 0, CPU)) as stream:
         first, second = islice(stream, 2)
     assert first is second
     assert len(first["source"].image) == tiny_settings.data.batch_size
@@ -52,7 +52,7 @@ def test_without_datasets_one_batch_comes_again_and_again(tiny_settings):
 
 def test_batches_of_datasets_are_those_of_the_run_from_its_step_on(tiny_settings):
     source, target = (find(name, tiny_settings.data.root) for name in ("clean", "noisy"))
-    with closing(stream_batches(tiny_settings, [source], target, 2, CPU)) as stream:
+    with closing(stream_batches(tiny_settings, Datasets((source,), target, target, None), 5, 2, CPU)) as stream:
         found = next(stream)
     expected = next(batches([source], target, tiny_settings.data, tiny_settings.training.seed, 2, 3))
     for name, crops in expected.items():

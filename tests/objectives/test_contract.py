@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cluda_cli import settings
+from cluda_cli import presets, settings
 from cluda_cli.adaptation.teacher import FrozenTeacher
 from cluda_cli.adaptation.views import Domain, Seen, View, make_target
 from cluda_cli.data.labels import CITYSCAPES, ClassTable
@@ -33,10 +33,12 @@ from cluda_cli.objectives.objective import Objective
 CLASSES = ClassTable(CITYSCAPES)
 CORNERS = ((32, 48), (48, 16))  # of the detail of the two images: some of it is ignored, some is not
 DETAIL, CELL = 64, 8
+TRUTH = {"source", "labelled"}
 MAPS = {f"map {i}" for i in range(4)}
 # Which leaves of the output the gradient of an objective reaches, with one resolution and with two; others: any.
 READS_OUTPUT = {
     "source": ({"logits"}, {"logits", "detail logits"}),
+    "labelled": ({"logits"}, {"logits", "detail logits"}),
     "mixed": ({"logits"}, {"logits", "detail logits"}),
     "masked": ({"logits"}, {"logits", "detail logits"}),
     "feature_distance": ({"map 3"}, {"map 3"}),
@@ -127,7 +129,7 @@ def make_view(name: str, resolutions: int = 1) -> View:
     label[:, : side // 2, : side // 2] = 255
     if name == "swapped":
         label[:, 3 * side // 4 :, side // 2 :] = 5
-    weight, probability = (torch.full((2, side, side), 1.0 if name == "source" else value) for value in (0.5, 0.97))
+    weight, probability = (torch.full((2, side, side), 1.0 if name in TRUTH else value) for value in (0.5, 0.97))
     shapes = ((3, side, side), (19, side, side), (6, CELL, CELL))
     image, logits, guide = (torch.randn(2, *shape, generator=generator) for shape in shapes)
     seed = torch.tensor([3, 4])
@@ -209,7 +211,7 @@ contract = pytest.mark.parametrize(
         for group in objective.reads
     ],
 )
-cross_entropies = pytest.mark.parametrize("name", ["source", "mixed", "masked", "distilled"])
+cross_entropies = pytest.mark.parametrize("name", ["source", "labelled", "mixed", "masked", "distilled"])
 
 
 def test_every_section_builds_an_objective_that_is_tested() -> None:
@@ -400,6 +402,39 @@ def test_a_view_that_nobody_makes_is_an_error_before_the_run() -> None:
         "weak",
         "strong",
     ]
+
+
+@pytest.mark.parametrize(
+    ("data", "views"),
+    [
+        ({"labelled": 3}, ["source", "labelled", "mixed"]),
+        ({"labelled": 3, "source": False}, ["labelled", "mixed"]),
+        ({"source": False}, []),
+    ],
+)
+def test_views_are_made_of_the_images_that_there_are(data: dict[str, Any], views: list[str]) -> None:
+    chosen = presets.load([], {"data": data, "objectives": {"masked": True}})
+    of_target = ["masked", "target", "strong target", "second strong target"]
+    assert list(build_makers(chosen, nn.ModuleDict())) == views + of_target
+    if "mixed" not in views:
+        with pytest.raises(SettingsError, match=r"reads the view mixed.*data\.source or data\.labelled gives more"):
+            build_makers(chosen, build_objectives(chosen.objectives_in_use, OneResolution(), CLASSES))
+
+
+def test_without_a_source_objectives_read_labelled_target_images() -> None:
+    chosen = presets.load(
+        [],
+        {"data": {"labelled": 3, "source": False}, "objectives": {"anchor_contrast": True, "prototype_contrast": True}},
+    )
+    built = build_objectives(chosen.objectives_in_use, OneResolution(), CLASSES, truth="labelled")
+    assert {name: objective.reads for name, objective in built.items()} == {
+        "labelled": (("labelled",),),
+        "mixed": (("mixed",),),
+        "feature_distance": (("labelled",),),
+        "pixel_contrast": (("labelled",), ("mixed",)),
+        "anchor_contrast": (("labelled", "mixed"),),
+        "prototype_contrast": (("labelled",), ("mixed",)),
+    }
 
 
 def test_a_view_has_one_maker() -> None:

@@ -190,7 +190,7 @@ def test_hard_pixels_of_all_equal_the_mean_over_labelled_pixels() -> None:
 
 def test_settings_choose_hard_pixels_for_the_crop_and_its_detail() -> None:
     output, view = seen()
-    section = settings.SourceCrossEntropy(hard_pixels=settings.HardPixels(threshold=0.2))
+    section = settings.SupervisedCrossEntropy(hard_pixels=settings.HardPixels(threshold=0.2))
     value = CrossEntropy(section, "source", hard_pixels=section.hard_pixels)(Seen(output, view))
     assert section.hard_pixels is not None and output.detail is not None
     whole = hard_cross_entropy(output.logits, view.label, view.weight, section.hard_pixels)
@@ -223,7 +223,7 @@ def test_hard_pixels_are_those_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> 
 def test_hard_pixels_without_labels_are_exactly_zero_and_connected() -> None:
     output, view = seen()
     view.label.fill_(255)
-    section = settings.SourceCrossEntropy(hard_pixels=settings.HardPixels())
+    section = settings.SupervisedCrossEntropy(hard_pixels=settings.HardPixels())
     value = CrossEntropy(section, "source", hard_pixels=section.hard_pixels)(Seen(output, view))
     assert value == 0
     value.backward()

@@ -87,7 +87,7 @@ def build_objectives(
         )
     if s.semantic_negatives:
         fused = student.decoder.classifiers()[0].in_channels
-        chosen["semantic_negatives"] = SemanticNegatives(s.semantic_negatives, fused)
+        chosen["semantic_negatives"] = SemanticNegatives(s.semantic_negatives, fused, truth)
     if s.node_contrast:
         fused = student.decoder.classifiers()[0].in_channels
         chosen["node_contrast"] = NodeContrast(s.node_contrast, fused)

@@ -29,14 +29,14 @@ class SemanticNegatives(Objective):
     was kept, restyled or swapped. A cell has the labels of its upper left pixel. With `learned_weights` the terms are
     weighted by learned log-variances.
 
-    `channels` are those of the fused feature.
+    `channels` are those of the fused feature, `truth` is the view of ground truth.
     """
 
-    reads = (("source", RESTYLED, SWAPPED),)
     settings: settings.SemanticNegatives
 
-    def __init__(self, section: settings.SemanticNegatives, channels: int) -> None:
+    def __init__(self, section: settings.SemanticNegatives, channels: int, truth: str = "source") -> None:
         super().__init__(section)
+        self.reads = ((truth, RESTYLED, SWAPPED),)
         self.head = nn.Linear(channels, 3)
         self.log_variances = nn.Parameter(torch.zeros(2)) if section.learned_weights else None
 

@@ -414,8 +414,8 @@ def test_a_view_that_nobody_makes_is_an_error_before_the_run() -> None:
 )
 def test_views_are_made_of_the_images_that_there_are(data: dict[str, Any], views: list[str]) -> None:
     chosen = presets.load([], {"data": data, "objectives": {"masked": True}})
-    of_target = ["masked", "target", "strong target", "second strong target"]
-    assert list(build_makers(chosen, nn.ModuleDict())) == views + of_target
+    made = list(build_makers(chosen, nn.ModuleDict()))
+    assert [name for name in made if name in {"source", "labelled", "mixed"}] == views
     if "mixed" not in views:
         with pytest.raises(SettingsError, match=r"reads the view mixed.*data\.source or data\.labelled gives more"):
             build_makers(chosen, build_objectives(chosen.objectives_in_use, OneResolution(), CLASSES))

@@ -14,6 +14,8 @@ METHODS = [
     "dlv2", "dlv2-cluda", "swin-cluda", "dinov2-cluda", "dinov2-small", "daformer-zero-style", "daformer-mochi",
     "distill", "pretrain-global", "pretrain-local", "daformer-semantic-negatives",
     "sepico", "spcl",
+    "distill", "pretrain-global", "pretrain-local",
+    "sepico", "spcl", "daformer-lal",
 ]  # fmt: skip
 OVERLAYS = ["small", "demo", "synthia", "acdc", "dark-zurich", "tail-mixing", "crops-640", "adaptive-masks"]
 
@@ -77,6 +79,7 @@ def test_an_overlay_switches_nothing_on(method, overlay):
         ("pretrain-local", "local_contrast"),
         ("sepico", "feature_distance mixed prototype_contrast"),
         ("spcl", "deeplab mixed prototype_contrast"),
+        ("daformer-lal", "feature_distance locally_adaptive"),
     ],
 )
 def test_a_method_is_what_its_name_says(name, on):

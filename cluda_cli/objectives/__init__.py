@@ -19,6 +19,7 @@ from cluda_cli.objectives.cross_entropy import CrossEntropy
 from cluda_cli.objectives.feature_distance import FeatureDistance
 from cluda_cli.objectives.global_contrast import GlobalContrast
 from cluda_cli.objectives.local_contrast import LocalContrast
+from cluda_cli.objectives.locally_adaptive import LocallyAdaptive
 from cluda_cli.objectives.memory_contrast import MemoryContrast
 from cluda_cli.objectives.node_contrast import NodeContrast
 from cluda_cli.objectives.objective import Objective
@@ -91,6 +92,8 @@ def build_objectives(
     if s.node_contrast:
         fused = student.decoder.classifiers()[0].in_channels
         chosen["node_contrast"] = NodeContrast(s.node_contrast, fused)
+    if s.locally_adaptive:
+        chosen["locally_adaptive"] = LocallyAdaptive(s.locally_adaptive, class_weights)
     return nn.ModuleDict(chosen)
 
 

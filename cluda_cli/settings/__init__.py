@@ -266,6 +266,8 @@ class Settings(Section):
             problems.append(f"data.source_shares must have one share for each source, {len(self.data.source)}")
         if not any(objective and objective.weight and not objective.start for _, objective in self.objectives_in_use):
             problems.append("objectives has no term that is on from the first step")
+        if self.objectives.locally_adaptive and self.objectives.locally_adaptive.window % 2 == 0:
+            problems.append("objectives.locally_adaptive.window must be odd, so that a window has a centre")
         if self.mixing.blur_sigma[0] > self.mixing.blur_sigma[1]:
             problems.append("mixing.blur_sigma must be (smallest, largest)")
         if self.training.shard and self.training.compile:

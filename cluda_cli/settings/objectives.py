@@ -249,6 +249,23 @@ class NodeContrast(Objective):
     """Channels of the projection head, hidden and final."""
 
 
+class LocallyAdaptive(CrossEntropy):
+    """Cross-entropy of scores that are merged with those of neighbours of the same label (LAL)."""
+
+    views: tuple[str, ...] = ("source", "mixed")
+    """Views on which it takes the place of cross-entropy; switch that off there."""
+    window: int = Field(3, ge=1)
+    """Side of the window whose pixels are merged with its centre; an odd number of pixels."""
+    stride: int = Field(1, ge=1)
+    """Pixels from one centre to the next."""
+    spread: float = Field(1.0, gt=0)
+    """Standard deviation of a pixel's weight by its distance from the centre, pixels."""
+    order: float = Field(5.0, ge=1)
+    """Order of the power mean over windows, where labels are ground truth; large ones learn from large losses."""
+    pseudo_label_order: float = Field(1.0, ge=1)
+    """The same on views with pseudo-labels, of which wrong ones have the largest losses."""
+
+
 class Objectives(Section):
     """The terms of the loss."""
 
@@ -288,3 +305,5 @@ class Objectives(Section):
     """Contrast of restyled and swapped regions of source images, and a change head; false switches it off."""
     node_contrast: Optional[NodeContrast] = None
     """Contrast of two masked views of the target, pixel by pixel (GCA); false switches it off."""
+    locally_adaptive: Optional[LocallyAdaptive] = None
+    """Cross-entropy of scores merged with those of neighbours of the same label; false switches it off."""

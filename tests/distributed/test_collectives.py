@@ -91,6 +91,7 @@ VIEWS = {
         "source": {"hard_pixels": False}, "feature_distance": False, "pixel_contrast": False, "anchor_contrast": False,
         "memory_contrast": False, "clustering": False, "prototype_contrast": False, "node_contrast": False,
         "zero_style": {"band": 1},
+        "locally_adaptive": {"window": 5, "stride": 2},
         "global_contrast": {"parts": 2, "projection_channels": 8},
         "local_contrast": {"region": 1, "projection_channels": 8},
         "semantic_negatives": {"max_share": 0.9, "learned_weights": True},

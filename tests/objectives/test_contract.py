@@ -52,6 +52,7 @@ READS_OUTPUT = {
     "distilled": ({"logits"}, {"logits", "detail logits"}),
     "relation_distillation": ({"features"}, {"features"}),
     "prototype_contrast": (MAPS, MAPS),
+    "locally_adaptive": ({"logits"}, {"logits", "detail logits"}),
 }
 # Sizes that suit maps so small.
 SMALL: dict[str, Any] = {

@@ -74,8 +74,8 @@ def merge_neighbours(logits: Tensor, label: Tensor, window: int, stride: int, sp
         part = (..., slice(y, y + height, stride), slice(x, x + width, stride))
         distance = max(abs(y - reach), abs(x - reach))
         weight = math.exp(-(distance**2) / (2 * spread**2)) * (labels[part] == own).to(logits.dtype)  # B h w
-        total = total + weight[:, None] * padded[part]
-        weights = weights + weight
+        total.addcmul_(weight[:, None], padded[part])
+        weights += weight
     return total / weights[:, None], own
 
 

@@ -13,8 +13,6 @@ METHODS = [
     "source-only", "dacs", "daformer", "daformer-cluda", "daformer-mic", "hrda", "hrda-cluda", "mic", "mic-cluda",
     "dlv2", "dlv2-cluda", "swin-cluda", "dinov2-cluda", "dinov2-small", "daformer-zero-style", "daformer-mochi",
     "distill", "pretrain-global", "pretrain-local", "daformer-semantic-negatives",
-    "sepico", "spcl",
-    "distill", "pretrain-global", "pretrain-local",
     "sepico", "spcl", "daformer-lal",
 ]  # fmt: skip
 OVERLAYS = ["small", "demo", "synthia", "acdc", "dark-zurich", "tail-mixing", "crops-640", "adaptive-masks"]

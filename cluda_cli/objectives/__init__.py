@@ -46,6 +46,8 @@ def build_objectives(
     that do not exist, and for distillation without a teacher.
     """
     chosen: dict[str, Objective] = {}
+    views = (truth, "mixed") if s.mixed else (truth,)  # of contrasts
+    fused = student.decoder.classifiers()[0].in_channels  # channels
     if s.source:
         chosen["source"] = CrossEntropy(s.source, "source", class_weights, s.source.hard_pixels)
     if s.labelled:
@@ -57,17 +59,13 @@ def build_objectives(
     if s.feature_distance:
         chosen["feature_distance"] = FeatureDistance(s.feature_distance, student.encoder, classes, truth)
     if s.pixel_contrast:
-        views = (truth, "mixed") if s.mixed else (truth,)
         channels = student.encoder.channels if isinstance(student, MultiResolution) else None
         chosen["pixel_contrast"] = PixelContrast(s.pixel_contrast, views, channels)
     if s.anchor_contrast:
-        views = (truth, "mixed") if s.mixed else (truth,)
-        fused = student.decoder.classifiers()[0].in_channels
         chosen["anchor_contrast"] = AnchorContrast(s.anchor_contrast, views, fused)
     if s.zero_style:
         chosen["zero_style"] = ZeroStyle(s.zero_style, class_weights)
     if s.memory_contrast:
-        fused = student.decoder.classifiers()[0].in_channels
         chosen["memory_contrast"] = MemoryContrast(s.memory_contrast, len(classes), fused)
     if s.distilled:
         _require(teacher, "distilled")
@@ -78,19 +76,16 @@ def build_objectives(
     if s.global_contrast:
         chosen["global_contrast"] = GlobalContrast(s.global_contrast, student.encoder.channels[-1])
     if s.local_contrast:
-        chosen["local_contrast"] = LocalContrast(s.local_contrast, student.decoder.classifiers()[0].in_channels)
+        chosen["local_contrast"] = LocalContrast(s.local_contrast, fused)
     if s.clustering:
         chosen["clustering"] = Clustering(s.clustering, student, len(classes))
     if s.prototype_contrast:
-        fused = student.decoder.classifiers()[0].in_channels
         chosen["prototype_contrast"] = PrototypeContrast(
             s.prototype_contrast, len(classes), student.encoder.channels, fused, truth
         )
     if s.semantic_negatives:
-        fused = student.decoder.classifiers()[0].in_channels
         chosen["semantic_negatives"] = SemanticNegatives(s.semantic_negatives, fused, truth)
     if s.node_contrast:
-        fused = student.decoder.classifiers()[0].in_channels
         chosen["node_contrast"] = NodeContrast(s.node_contrast, fused)
     if s.locally_adaptive:
         chosen["locally_adaptive"] = LocallyAdaptive(s.locally_adaptive, class_weights)

@@ -13,9 +13,9 @@ METHODS = [
     "source-only", "dacs", "daformer", "daformer-cluda", "daformer-mic", "hrda", "hrda-cluda", "mic", "mic-cluda",
     "dlv2", "dlv2-cluda", "swin-cluda", "dinov2-cluda", "dinov2-small", "daformer-zero-style", "daformer-mochi",
     "distill", "pretrain-global", "pretrain-local", "daformer-semantic-negatives",
-    "sepico", "spcl", "daformer-lal",
+    "sepico", "spcl", "daformer-lal", "ael",
 ]  # fmt: skip
-OVERLAYS = ["small", "demo", "synthia", "acdc", "dark-zurich", "tail-mixing", "crops-640", "adaptive-masks"]
+OVERLAYS = ["small", "demo", "synthia", "acdc", "dark-zurich", "tail-mixing", "crops-640", "adaptive-masks", "balanced"]
 
 
 @pytest.mark.parametrize("name", presets.names())

@@ -108,7 +108,7 @@ class Scene:
     @cached_property
     def target(self) -> Domain:
         """The target with pseudo-labels."""
-        pseudo, image = self.pseudo_labels, self._normalise(self.batch["target"])
+        pseudo, image = self.pseudo_labels, self.normalise(self.batch["target"])
         truth = torch.zeros_like(pseudo.label, dtype=torch.bool)
         return Domain(image, pseudo.label, pseudo.weight, pseudo.probability, truth)
 
@@ -118,7 +118,7 @@ class Scene:
         crops = self.batch["target"]
         assert crops.valid is not None
         with span("teacher"):
-            return self.teacher.pseudo_labels(self._normalise(crops), crops.valid)
+            return self.teacher.pseudo_labels(self.normalise(crops), crops.valid)
 
     @cached_property
     def unlabelled(self) -> Domain:
@@ -134,14 +134,14 @@ class Scene:
         assert crops.label is not None
         label = crops.label.long()
         certain = torch.ones_like(label, dtype=torch.float32)
-        return Domain(self._normalise(crops), label, certain, certain, torch.ones_like(label, dtype=torch.bool))
+        return Domain(self.normalise(crops), label, certain, certain, torch.ones_like(label, dtype=torch.bool))
 
     def augment(self, image: Tensor, mixing: settings.Mixing, purpose: str) -> Tensor:
         """Jitter and blur normalised images B 3 H W, with the generators of `purpose`."""
         generator, generators = self.generator(purpose), self.generators(purpose)
         return strong_augment(image, self.normalisation, mixing, generator, generators)
 
-    def _normalise(self, crops: Crops) -> Tensor:
+    def normalise(self, crops: Crops) -> Tensor:
         """Images as the encoder wants them, 0 on padding.  # B 3 H W"""
         return self.normalisation.apply(crops.image) * crops.inside[:, None]
 
@@ -170,12 +170,15 @@ class MakeTruth:
     mixing: settings.Mixing
 
     def __call__(self, scene: Scene) -> View:
-        strength = self.mixing.source_jitter_strength
-        shown = scene.source if self.name == "source" else scene.labelled
-        if strength is not None:
-            mixing = self.mixing.model_copy(update={"jitter_strength": strength})
-            shown = replace(shown, image=scene.augment(shown.image, mixing, f"{self.name} augmentation"))
-        return scene.view(self.name, shown)
+        return show_truth(self.name, scene.source if self.name == "source" else scene.labelled, scene, self.mixing)
+
+
+def show_truth(name: str, shown: Domain, scene: Scene, mixing: settings.Mixing) -> View:
+    """A view of images with ground truth, augmented as `mixing.source_jitter_strength` says."""
+    if mixing.source_jitter_strength is not None:
+        stronger = mixing.model_copy(update={"jitter_strength": mixing.source_jitter_strength})
+        shown = replace(shown, image=scene.augment(shown.image, stronger, f"{name} augmentation"))
+    return scene.view(name, shown)
 
 
 def make_target(scene: Scene) -> View:

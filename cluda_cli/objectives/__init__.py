@@ -13,6 +13,7 @@ from cluda_cli.data.labels import ClassTable
 from cluda_cli.errors import SettingsError
 from cluda_cli.models.multires import MultiResolution
 from cluda_cli.models.segmenter import Segmenter
+from cluda_cli.objectives.adaptive_balance import PASTED, AdaptiveBalance
 from cluda_cli.objectives.anchor_contrast import AnchorContrast
 from cluda_cli.objectives.clustering import Clustering
 from cluda_cli.objectives.cross_entropy import CrossEntropy
@@ -37,13 +38,16 @@ def build_objectives(
     class_weights: Tensor | None = None,
     teacher: FrozenTeacher | None = None,
     truth: str = "source",
+    crop: tuple[int, int] = (512, 512),
+    mixing: settings.Mixing = settings.Mixing(),  # noqa: B008  it is frozen
 ) -> nn.ModuleDict:
     """The objectives that the settings switch on, by the name of their section.
 
     The encoder of `student` must hold its pretrained weights; `classes` are those of the labels. `class_weights` (K)
     are those of ground truth in cross-entropy, `teacher` is that of distillation. `truth` is the view of ground truth
-    that all other objectives read: `source`, or `labelled` in a run without a source. Raises SettingsError for classes
-    that do not exist, and for distillation without a teacher.
+    that all other objectives read: `source`, or `labelled` in a run without a source. `crop` is the size of crops.
+    Raises SettingsError for classes that do not exist, for distillation without a teacher, and for confidence of a view
+    that nobody reads.
     """
     chosen: dict[str, Objective] = {}
     views = (truth, "mixed") if s.mixed else (truth,)  # of contrasts
@@ -51,7 +55,10 @@ def build_objectives(
     if s.source:
         chosen["source"] = CrossEntropy(s.source, "source", class_weights, s.source.hard_pixels)
     if s.labelled:
-        chosen["labelled"] = CrossEntropy(s.labelled, "labelled", class_weights, s.labelled.hard_pixels)
+        pasted = s.adaptive_balance and s.adaptive_balance.copy_paste
+        chosen["labelled"] = CrossEntropy(
+            s.labelled, PASTED if pasted else "labelled", class_weights, s.labelled.hard_pixels
+        )
     if s.mixed:
         chosen["mixed"] = CrossEntropy(s.mixed, "mixed", class_weights)
     if s.masked:
@@ -89,6 +96,15 @@ def build_objectives(
         chosen["node_contrast"] = NodeContrast(s.node_contrast, fused)
     if s.locally_adaptive:
         chosen["locally_adaptive"] = LocallyAdaptive(s.locally_adaptive, class_weights)
+    if s.adaptive_balance:
+        view = s.adaptive_balance.confidence_from or ("labelled" if s.labelled else "mixed" if s.mixed else truth)
+        view = PASTED if view == "labelled" and s.adaptive_balance.copy_paste else view
+        if s.adaptive_balance.confidence_from and view not in {
+            name for objective in chosen.values() for group in objective.reads for name in group
+        }:
+            where = "objectives.adaptive_balance.confidence_from"
+            raise SettingsError(f"no objective reads the view {view}", where, "name one that is learned from")
+        chosen["adaptive_balance"] = AdaptiveBalance(s.adaptive_balance, view, classes, crop, mixing)
     return nn.ModuleDict(chosen)
 
 

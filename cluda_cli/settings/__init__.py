@@ -259,12 +259,18 @@ class Settings(Section):
             problems.append("objectives.semantic_negatives needs a data.batch_size of 2 or more")
         if self.masking.with_source and self.objectives.masked and not self.has_ground_truth:
             problems.append("masking.with_source needs data.source or data.labelled")
+        balance = self.objectives.adaptive_balance
+        if balance and balance.copy_paste and not self.objectives_in_use.labelled:
+            problems.append("objectives.adaptive_balance.copy_paste needs data.labelled and objectives.labelled")
+        if balance and balance.paste_scale[0] > balance.paste_scale[1]:
+            problems.append("objectives.adaptive_balance.paste_scale must be (smallest, largest)")
         if set(self.model.freeze) == {"encoder", "decoder", "head"}:
             problems.append("model.freeze leaves nothing of the network to learn; name at most two parts")
         shares = self.data.source_shares
         if shares and len(shares) != len(self.data.source):
             problems.append(f"data.source_shares must have one share for each source, {len(self.data.source)}")
-        if not any(objective and objective.weight and not objective.start for _, objective in self.objectives_in_use):
+        terms = [objective for _, objective in self.objectives_in_use if objective and objective.has_term]
+        if not any(objective.weight and not objective.start for objective in terms):
             problems.append("objectives has no term that is on from the first step")
         if self.objectives.locally_adaptive and self.objectives.locally_adaptive.window % 2 == 0:
             problems.append("objectives.locally_adaptive.window must be odd, so that a window has a centre")

@@ -1,6 +1,6 @@
 """The terms of the loss, one table for each objective."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -14,6 +14,11 @@ class Objective(Section):
     """Factor of the term in the total loss."""
     start: int = Field(0, ge=0)
     """First step at which the term is active."""
+
+    @property
+    def has_term(self) -> bool:
+        """Whether it has a term of its own in the loss."""
+        return True
 
 
 class CrossEntropy(Objective):
@@ -266,6 +271,51 @@ class LocallyAdaptive(CrossEntropy):
     """The same on views with pseudo-labels, of which wrong ones have the largest losses."""
 
 
+class AdaptiveBalance(CrossEntropy):
+    """Pixels and draws by how confident the student is of each class (AEL, arXiv 2110.05474).
+
+    It takes the place of the image-level weight of pseudo-labels. Unlike `data.class_balance`, whose weights follow
+    from the frequencies of classes, it acts on pseudo-labels, and changes as the student learns.
+    """
+
+    weight: float = Field(1.0, gt=0)
+    """Factor of the term of `cutmix` in the total loss."""
+    momentum: float = Field(0.999, ge=0, lt=1)
+    """Share of its earlier value that the confidence of a class keeps in a step."""
+    confidence_from: Unset[Literal["labelled", "mixed", "source"]] = None
+    """View in which confidence is measured: the probability of ground truth, or in mixed images of pseudo-labels;
+    unset: labelled if there is any, else mixed if it is learned from, else source."""
+    keep_exponent: float = Field(1.0, ge=0)
+    """Of the pixels of a class, (1 - confidence) / (largest such) to the power of this count; 0 counts all."""
+    confidence_exponent: float = Field(2.0, ge=0)
+    """A pseudo-label weighs the teacher's probability to the power of this; the mean weight is 1."""
+    law_temperature: Unset[Annotated[float, Field(gt=0)]] = 1.0
+    """Softmax temperature over (1 - confidence), by which classes are drawn for source and labelled target images, if
+    `data.rare_class` is on; false leaves these draws as they are."""
+    cutmix: bool = False
+    """Learn also from target images with a rectangle of an earlier one that shows a class drawn by the same law."""
+    slots: int = Field(32, ge=1)
+    """Earlier target crops that are remembered for `cutmix`."""
+    image_area: float = Field(0.01, gt=0, lt=1)
+    """A remembered crop shows a class if at least this share of its pixels is predicted as it."""
+    box_area: float = Field(0.005, ge=0, lt=1)
+    """The rectangle bounds a connected part of the class that is larger than this share of the crop."""
+    copy_paste: bool = False
+    """Paste classes of other labelled target images into those that the objective `labelled` learns from."""
+    paste_classes: int = Field(3, ge=1)
+    """Classes that are drawn for an image, some perhaps twice."""
+    paste_probability: float = Field(0.5, ge=0, le=1)
+    """Chance that classes are pasted into an image."""
+    paste_scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 2.0)
+    """Range of the factor by which what is pasted is enlarged."""
+    exclude_classes: tuple[str, ...] = ()
+    """Names of classes that are never pasted."""
+
+    @property
+    def has_term(self) -> bool:
+        return self.cutmix
+
+
 class Objectives(Section):
     """The terms of the loss."""
 
@@ -307,3 +357,5 @@ class Objectives(Section):
     """Contrast of two masked views of the target, pixel by pixel (GCA); false switches it off."""
     locally_adaptive: Optional[LocallyAdaptive] = None
     """Cross-entropy of scores merged with those of neighbours of the same label; false switches it off."""
+    adaptive_balance: Optional[AdaptiveBalance] = None
+    """Weights of pseudo-labels, draws and pastes by the student's confidence of each class; false switches it off."""

@@ -287,6 +287,23 @@ def test_a_run_with_labelled_target_images(source, tiny_settings, tmp_path, make
     assert open_datasets(repeated, 1).labelled_images == images
 
 
+def test_resume_is_exact_with_adaptive_balance(tiny_settings, tmp_path, make_dataset, assert_resume_is_exact):
+    """Confidence and remembered crops are state; the crop that is recalled in step 3 came before the stop."""
+    make_dataset("camera", images=6)
+    pastes = {"cutmix": True, "copy_paste": True, "slots": 3, "image_area": 1e-3, "box_area": 0.0}
+    changes = {
+        "data": {"source": False, "target": "camera", "labelled": 2, "rare_class": {"min_pixels": 0}},
+        "objectives": {"adaptive_balance": pastes, "feature_distance": False, "pixel_contrast": False},
+        "training": {"steps": 3, "validate_every": 3},
+    }
+    settings = presets.validate(presets.merge(tiny_settings.model_dump(mode="json"), changes))
+    train(settings, tmp_path / "whole")
+    assert set(metrics(tmp_path / "whole")[0]["terms"]) == {"pasted/labelled", "mixed/mixed", "cutmix/adaptive_balance"}
+    assert_resume_is_exact(settings, tmp_path / "whole", tmp_path / "parts", 2)
+    state = load_state(tmp_path / "parts" / "resume" / "state.pt")["objectives"]
+    assert state["adaptive_balance.memory.contains"].any() and state["adaptive_balance.seen"].any()
+
+
 def test_labels_of_a_few_target_images_alone(tiny_settings, tmp_path, make_dataset):
     """Supervised: no view needs a teacher, and classes are those of the target."""
     make_dataset("camera")

@@ -66,6 +66,15 @@ CLUDA = {
         "node_contrast": {"projection_channels": 8, "nodes": 20},
     },
 }
+FEW = {
+    "data": {"source": False, "target": "clean", "labelled": 4},
+    "objectives": {
+        "adaptive_balance": {
+            "cutmix": True, "copy_paste": True, "slots": 6, "image_area": 1e-3, "box_area": 0.0,
+            "paste_probability": 1.0,
+        },
+    },
+}  # fmt: skip
 MIC = {
     "data": {"batch_size": 2, "crop": [128, 128], "target": "clean", "labelled": 2},
     "model": {"multires": {}},
@@ -140,7 +149,7 @@ def test_two_processes_compute_what_one_does(tiny_settings, tmp_path, monkeypatc
     worker = runpy.run_path(str(WORKER))
     monkeypatch.setitem(VARIANTS, "mit_b0", worker["NARROW"])
     cluda = with_biases(changed(tiny_settings, CLUDA), tmp_path / "biased.safetensors")
-    few = changed(cluda, {"data": {"source": False, "target": "clean", "labelled": 4}})
+    few = changed(cluda, FEW)
     distilled = with_teacher(changed(cluda, DISTILLATION), tmp_path / "teacher.safetensors")
     cases = {"cluda": cluda, "mic": changed(cluda, MIC), "views": changed(cluda, VIEWS), "distilled": distilled}
     cases["few"] = few

@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from cluda_cli import presets
 from cluda_cli.adaptation.views import Scene, Seen
 from cluda_cli.data.batch import to_device
+from cluda_cli.data.datasets import open_datasets
 from cluda_cli.data.index import find
 from cluda_cli.data.streams import batches
 from cluda_cli.engine.pictures import write_pictures
@@ -25,9 +26,11 @@ def changed(settings, tree):
 
 
 def start(settings):
-    source, target = find("clean", settings.data.root), find("noisy", settings.data.root)
-    run = Run(settings, [source], CPU)
-    return run, batches([source], target, settings.data, settings.training.seed, 0, settings.training.steps)
+    found, seed = open_datasets(settings.data, settings.training.seed), settings.training.seed
+    run = Run(settings, found.sources, CPU, labelled=found.labelled)
+    return run, batches(
+        found.sources, found.unlabelled, settings.data, seed, 0, settings.training.steps, labelled=found.labelled
+    )
 
 
 def flat(module):
@@ -185,7 +188,7 @@ STAND_INS = {
     "swin_large_patch4_window12_384": "swin_tiny_patch4_window7_224",
     "vit_base_patch14_dinov2": "test_vit",
 }
-OVERLAYS = {"small", "demo", "synthia", "acdc", "dark-zurich", "tail-mixing", "adaptive-masks"}
+OVERLAYS = {"small", "demo", "synthia", "acdc", "dark-zurich", "tail-mixing", "adaptive-masks", "balanced"}
 METHODS = [name for name in presets.names() if name not in OVERLAYS]
 
 
@@ -204,6 +207,8 @@ def test_every_preset_takes_a_step(name, overlay, tiny_settings, tmp_path):
     """On tiny crops; a smaller encoder stands in for the preset's, and its weights come from a file of random ones."""
     preset = presets.load([name, *overlay])
     data = tiny_settings.model_dump(mode="json")["data"] | {"rare_class": preset.data.rare_class and {}}
+    if preset.data.labelled:
+        data |= {"source": preset.data.source and ["clean"], "target": "clean", "labelled": 2}
     data["crop"] = [64, 64] if preset.model.multires or preset.objectives.global_contrast else [32, 48]
     encoder, weights = STAND_INS.get(preset.model.encoder, preset.model.encoder), tmp_path / "preset.safetensors"
     model = {"encoder": encoder, "weights": preset.model.weights and str(weights)}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from cluda_cli import presets, settings
 from cluda_cli.adaptation.teacher import FrozenTeacher
 from cluda_cli.adaptation.views import Domain, Seen, View, make_target
+from cluda_cli.data.batch import Crops
 from cluda_cli.data.labels import CITYSCAPES, ClassTable
 from cluda_cli.errors import SettingsError
 from cluda_cli.models.boxes import Boxes
@@ -39,6 +40,7 @@ MAPS = {f"map {i}" for i in range(4)}
 READS_OUTPUT = {
     "source": ({"logits"}, {"logits", "detail logits"}),
     "labelled": ({"logits"}, {"logits", "detail logits"}),
+    "adaptive_balance": ({"logits"}, {"logits", "detail logits"}),
     "mixed": ({"logits"}, {"logits", "detail logits"}),
     "masked": ({"logits"}, {"logits", "detail logits"}),
     "feature_distance": ({"map 3"}, {"map 3"}),
@@ -58,6 +60,7 @@ READS_OUTPUT = {
 SMALL: dict[str, Any] = {
     "memory_contrast": {"memory": 32, "projection_channels": 8},
     "local_contrast": {"region": 1},
+    "adaptive_balance": {"cutmix": True, "slots": 3},
 }
 
 
@@ -97,7 +100,7 @@ def objectives(resolutions: int = 1, **sections: Any) -> nn.ModuleDict:
     student = OneResolution() if resolutions == 1 else TwoResolutions()
     teacher = FrozenTeacher(OneResolution(), CLASSES, CLASSES)
     chosen = settings.Objectives(**everything | SMALL | sections)
-    built = build_objectives(chosen, student, CLASSES, teacher=teacher).eval()
+    built = build_objectives(chosen, student, CLASSES, teacher=teacher, crop=(64, 64)).eval()
     for objective in built.values():
         if objective.updates:
             names = tuple(name for group in objective.reads for name in group)
@@ -156,7 +159,15 @@ def earlier_source() -> Domain:
     return Domain(view.image, view.label, view.weight, view.probability, torch.ones_like(view.label, dtype=torch.bool))
 
 
-EARLIER = SimpleNamespace(step=9, source=earlier_source(), teacher=EarlierTeacher(), notes={})
+def earlier_target() -> Crops:
+    everywhere = torch.ones(2, 64, 64, dtype=torch.bool)
+    return Crops(torch.full((2, 3, 64, 64), 9, dtype=torch.uint8), everywhere, valid=everywhere)
+
+
+EARLIER = SimpleNamespace(
+    step=9, source=earlier_source(), target=earlier_source(), teacher=EarlierTeacher(), notes={},
+    batch={"target": earlier_target()},
+)  # fmt: skip
 
 
 def change(seen: list[Seen], output: Callable[[Output], Output] = lambda o: o, **fields: Any) -> list[Seen]:
@@ -350,7 +361,8 @@ def test_what_is_saved() -> None:
     heads = {f"{name}.head" for name in ("anchor_contrast", "global_contrast", "local_contrast", "semantic_negatives")}
     heads |= {"node_contrast.head"}
     prototypes = {f"prototype_contrast.{name}" for name in ("head", "average", "known")}
-    state = heads | {"clustering.steps"} | memory | prototypes
+    balance = {f"adaptive_balance.{name}" for name in ("confidence", "seen", "laws", "published", "memory")}
+    state = heads | {"clustering.steps"} | memory | prototypes | balance
     assert {".".join(name.split(".")[:2]) for name in one.state_dict()} == state | {"pixel_contrast.weighter"}
     assert {".".join(name.split(".")[:2]) for name in objectives(1).state_dict()} == state
     learning = ["pixel_contrast", "anchor_contrast", "memory_contrast", "prototype_contrast", "node_contrast"]

@@ -76,6 +76,7 @@ class Run:
             self.objectives = build_objectives(
                 settings.objectives_in_use, self.student, self.classes, weights, frozen,
                 "source" if settings.data.source else "labelled", settings.data.crop, settings.mixing,
+                settings.training.seed,
             )  # fmt: skip
         self.makers = build_makers(settings, self.objectives, frequencies)
         if settings.model.start and not resumed:

@@ -1,6 +1,7 @@
 """What is measured on views, one file per method. `build_objectives` chooses, `build_makers` says how views come."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from cluda_cli.objectives.prototype_contrast import PrototypeContrast
 from cluda_cli.objectives.relation_distillation import RelationDistillation
 from cluda_cli.objectives.semantic_negatives import SemanticNegatives
 from cluda_cli.objectives.zero_style import ZeroStyle
+from cluda_cli.seeds import derive_seed
 
 
 def build_objectives(
@@ -40,72 +42,93 @@ def build_objectives(
     truth: str = "source",
     crop: tuple[int, int] = (512, 512),
     mixing: settings.Mixing = settings.Mixing(),  # noqa: B008  it is frozen
+    seed: int = 0,
 ) -> nn.ModuleDict:
     """The objectives that the settings switch on, by the name of their section.
 
     The encoder of `student` must hold its pretrained weights; `classes` are those of the labels. `class_weights` (K)
     are those of ground truth in cross-entropy, `teacher` is that of distillation. `truth` is the view of ground truth
     that all other objectives read: `source`, or `labelled` in a run without a source. `crop` is the size of crops.
-    Raises SettingsError for classes that do not exist, for distillation without a teacher, and for confidence of a view
-    that nobody reads.
+    Layers are drawn under `seed`, those of an objective alike whether others are on or off. Raises SettingsError for
+    classes that do not exist, for distillation without a teacher, and for confidence of a view that nobody reads.
     """
-    chosen: dict[str, Objective] = {}
+    chosen: dict[str, Callable[[], Objective]] = {}
     views = (truth, "mixed") if s.mixed else (truth,)  # of contrasts
     fused = student.decoder.classifiers()[0].in_channels  # channels
     if s.source:
-        chosen["source"] = CrossEntropy(s.source, "source", class_weights, s.source.hard_pixels)
+        chosen["source"] = partial(CrossEntropy, s.source, "source", class_weights, s.source.hard_pixels)
     if s.labelled:
         pasted = s.adaptive_balance and s.adaptive_balance.copy_paste
-        chosen["labelled"] = CrossEntropy(
-            s.labelled, PASTED if pasted else "labelled", class_weights, s.labelled.hard_pixels
-        )
+        view = PASTED if pasted else "labelled"
+        chosen["labelled"] = partial(CrossEntropy, s.labelled, view, class_weights, s.labelled.hard_pixels)
     if s.mixed:
-        chosen["mixed"] = CrossEntropy(s.mixed, "mixed", class_weights)
+        chosen["mixed"] = partial(CrossEntropy, s.mixed, "mixed", class_weights)
     if s.masked:
-        chosen["masked"] = CrossEntropy(s.masked, "masked", class_weights)
+        chosen["masked"] = partial(CrossEntropy, s.masked, "masked", class_weights)
     if s.feature_distance:
-        chosen["feature_distance"] = FeatureDistance(s.feature_distance, student.encoder, classes, truth)
+        chosen["feature_distance"] = partial(FeatureDistance, s.feature_distance, student.encoder, classes, truth)
     if s.pixel_contrast:
         channels = student.encoder.channels if isinstance(student, MultiResolution) else None
-        chosen["pixel_contrast"] = PixelContrast(s.pixel_contrast, views, channels)
+        chosen["pixel_contrast"] = partial(PixelContrast, s.pixel_contrast, views, channels)
     if s.anchor_contrast:
-        chosen["anchor_contrast"] = AnchorContrast(s.anchor_contrast, views, fused)
+        chosen["anchor_contrast"] = partial(AnchorContrast, s.anchor_contrast, views, fused)
     if s.zero_style:
-        chosen["zero_style"] = ZeroStyle(s.zero_style, class_weights)
+        chosen["zero_style"] = partial(ZeroStyle, s.zero_style, class_weights)
     if s.memory_contrast:
-        chosen["memory_contrast"] = MemoryContrast(s.memory_contrast, len(classes), fused)
+        chosen["memory_contrast"] = partial(MemoryContrast, s.memory_contrast, len(classes), fused)
     if s.distilled:
         _require(teacher, "distilled")
-        chosen["distilled"] = CrossEntropy(s.distilled, "target")
+        chosen["distilled"] = partial(CrossEntropy, s.distilled, "target")
     if s.relation_distillation:
         channels = _require(teacher, "relation_distillation").channels
-        chosen["relation_distillation"] = RelationDistillation(s.relation_distillation, channels)
+        chosen["relation_distillation"] = partial(RelationDistillation, s.relation_distillation, channels)
     if s.global_contrast:
-        chosen["global_contrast"] = GlobalContrast(s.global_contrast, student.encoder.channels[-1])
+        chosen["global_contrast"] = partial(GlobalContrast, s.global_contrast, student.encoder.channels[-1])
     if s.local_contrast:
-        chosen["local_contrast"] = LocalContrast(s.local_contrast, fused)
+        chosen["local_contrast"] = partial(LocalContrast, s.local_contrast, fused)
     if s.clustering:
-        chosen["clustering"] = Clustering(s.clustering, student, len(classes))
+        chosen["clustering"] = partial(Clustering, s.clustering, student, len(classes))
     if s.prototype_contrast:
-        chosen["prototype_contrast"] = PrototypeContrast(
-            s.prototype_contrast, len(classes), student.encoder.channels, fused, truth
+        chosen["prototype_contrast"] = partial(
+            PrototypeContrast, s.prototype_contrast, len(classes), student.encoder.channels, fused, truth
         )
     if s.semantic_negatives:
-        chosen["semantic_negatives"] = SemanticNegatives(s.semantic_negatives, fused, truth)
+        chosen["semantic_negatives"] = partial(SemanticNegatives, s.semantic_negatives, fused, truth)
     if s.node_contrast:
-        chosen["node_contrast"] = NodeContrast(s.node_contrast, fused)
+        chosen["node_contrast"] = partial(NodeContrast, s.node_contrast, fused)
     if s.locally_adaptive:
-        chosen["locally_adaptive"] = LocallyAdaptive(s.locally_adaptive, class_weights)
+        chosen["locally_adaptive"] = partial(LocallyAdaptive, s.locally_adaptive, class_weights)
     if s.adaptive_balance:
-        view = s.adaptive_balance.confidence_from or ("labelled" if s.labelled else "mixed" if s.mixed else truth)
-        view = PASTED if view == "labelled" and s.adaptive_balance.copy_paste else view
-        if s.adaptive_balance.confidence_from and view not in {
-            name for objective in chosen.values() for group in objective.reads for name in group
-        }:
-            where = "objectives.adaptive_balance.confidence_from"
-            raise SettingsError(f"no objective reads the view {view}", where, "name one that is learned from")
-        chosen["adaptive_balance"] = AdaptiveBalance(s.adaptive_balance, view, classes, crop, mixing)
-    return nn.ModuleDict(chosen)
+        view = _find_confidence_view(s, s.adaptive_balance, truth)
+        chosen["adaptive_balance"] = partial(AdaptiveBalance, s.adaptive_balance, view, classes, crop, mixing)
+    built = nn.ModuleDict({name: _build(name, build, seed) for name, build in chosen.items()})
+    _check_confidence_view(s, built, truth)
+    return built
+
+
+def _build(name: str, build: Callable[[], Objective], seed: int) -> Objective:
+    """Build an objective whose layers are drawn from a stream of its own, whatever others there are."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, f"initialise {name}"))
+        return build()
+
+
+def _find_confidence_view(s: settings.Objectives, section: settings.AdaptiveBalance, truth: str) -> str:
+    """The view from whose labels `adaptive_balance` learns confidence."""
+    view = section.confidence_from or ("labelled" if s.labelled else "mixed" if s.mixed else truth)
+    return PASTED if view == "labelled" and section.copy_paste else view
+
+
+def _check_confidence_view(s: settings.Objectives, built: nn.ModuleDict, truth: str) -> None:
+    """Raises SettingsError if the view that `adaptive_balance` names is read by no other objective."""
+    section = s.adaptive_balance
+    if section is None or not section.confidence_from:
+        return
+    view = _find_confidence_view(s, section, truth)
+    others = [objective for name, objective in built.items() if name != "adaptive_balance"]
+    if view not in {name for objective in others for group in objective.reads for name in group}:
+        where = "objectives.adaptive_balance.confidence_from"
+        raise SettingsError(f"no objective reads the view {view}", where, "name one that is learned from")
 
 
 def _require(teacher: FrozenTeacher | None, name: str) -> FrozenTeacher:

@@ -373,6 +373,31 @@ def test_what_is_saved() -> None:
     assert all(p.grad is not None and p.grad.any() for p in one.parameters())
 
 
+@pytest.mark.parametrize("name", [name for name in settings.Objectives.model_fields])
+def test_an_objective_begins_alike_whether_others_are_on_or_off(name: str) -> None:
+    others = {other: False for other in settings.Objectives.model_fields if other != name}
+    together, alone = (build(seed=3, **sections)[name].state_dict() for sections in ({}, others))
+    assert together.keys() == alone.keys()
+    assert all(torch.equal(together[key], alone[key]) for key in together)
+
+
+def test_another_seed_draws_other_layers() -> None:
+    first, second = (build(seed=seed)["anchor_contrast"].state_dict() for seed in (3, 4))
+    assert any(not torch.equal(first[key], second[key]) for key in first)
+
+
+def build(*, seed: int, **sections: Any) -> nn.ModuleDict:
+    """Objectives as a run begins with them."""
+    everything: dict[str, Any] = {name: True for name in settings.Objectives.model_fields}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        student = OneResolution()
+        teacher = FrozenTeacher(OneResolution(), CLASSES, CLASSES)
+    return build_objectives(
+        settings.Objectives(**everything | SMALL | sections), student, CLASSES, teacher=teacher, seed=seed
+    )
+
+
 def test_settings_choose_the_objectives() -> None:
     off = {name: False for name in settings.Objectives.model_fields}
     assert list(objectives(**off)) == []

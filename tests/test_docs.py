@@ -207,7 +207,7 @@ def test_the_worked_example_of_an_objective_is_sound(tmp_path):
     imported, _, condition = choice.partition("\n\n")
     chooser = package / "objectives" / "__init__.py"
     insert(chooser, "from torch import Tensor, nn\n", before=imported + "\n")
-    insert(chooser, "    return nn.ModuleDict({name: _build(", before=condition)
+    insert(chooser, "    built = nn.ModuleDict(", before=condition)
     (tmp_path / "entropy.toml").write_text(preset, encoding="utf-8")
     code = "from cluda_cli import presets; assert presets.load(['entropy.toml']).objectives.entropy.weight == 0.01"
     run_python(tmp_path, "-c", code)

@@ -52,19 +52,9 @@ def build_objectives(
     Layers are drawn under `seed`, those of an objective alike whether others are on or off. Raises SettingsError for
     classes that do not exist, for distillation without a teacher, and for confidence of a view that nobody reads.
     """
-    chosen: dict[str, Callable[[], Objective]] = {}
+    chosen = _choose_cross_entropies(s, class_weights)
     views = (truth, "mixed") if s.mixed else (truth,)  # of contrasts
     fused = student.decoder.classifiers()[0].in_channels  # channels
-    if s.source:
-        chosen["source"] = partial(CrossEntropy, s.source, "source", class_weights, s.source.hard_pixels)
-    if s.labelled:
-        pasted = s.adaptive_balance and s.adaptive_balance.copy_paste
-        view = PASTED if pasted else "labelled"
-        chosen["labelled"] = partial(CrossEntropy, s.labelled, view, class_weights, s.labelled.hard_pixels)
-    if s.mixed:
-        chosen["mixed"] = partial(CrossEntropy, s.mixed, "mixed", class_weights)
-    if s.masked:
-        chosen["masked"] = partial(CrossEntropy, s.masked, "masked", class_weights)
     if s.feature_distance:
         chosen["feature_distance"] = partial(FeatureDistance, s.feature_distance, student.encoder, classes, truth)
     if s.pixel_contrast:
@@ -72,8 +62,6 @@ def build_objectives(
         chosen["pixel_contrast"] = partial(PixelContrast, s.pixel_contrast, views, channels)
     if s.anchor_contrast:
         chosen["anchor_contrast"] = partial(AnchorContrast, s.anchor_contrast, views, fused)
-    if s.zero_style:
-        chosen["zero_style"] = partial(ZeroStyle, s.zero_style, class_weights)
     if s.memory_contrast:
         chosen["memory_contrast"] = partial(MemoryContrast, s.memory_contrast, len(classes), fused)
     if s.distilled:
@@ -96,14 +84,32 @@ def build_objectives(
         chosen["semantic_negatives"] = partial(SemanticNegatives, s.semantic_negatives, fused, truth)
     if s.node_contrast:
         chosen["node_contrast"] = partial(NodeContrast, s.node_contrast, fused)
-    if s.locally_adaptive:
-        chosen["locally_adaptive"] = partial(LocallyAdaptive, s.locally_adaptive, class_weights)
     if s.adaptive_balance:
         view = _find_confidence_view(s, s.adaptive_balance, truth)
         chosen["adaptive_balance"] = partial(AdaptiveBalance, s.adaptive_balance, view, classes, crop, mixing)
     built = nn.ModuleDict({name: _build(name, build, seed) for name, build in chosen.items()})
     _check_confidence_view(s, built, truth)
     return built
+
+
+def _choose_cross_entropies(s: settings.Objectives, class_weights: Tensor | None) -> dict[str, Callable[[], Objective]]:
+    """The terms that are cross-entropy with class weights, on views of one kind each."""
+    chosen: dict[str, Callable[[], Objective]] = {}
+    if s.source:
+        chosen["source"] = partial(CrossEntropy, s.source, "source", class_weights, s.source.hard_pixels)
+    if s.labelled:
+        pasted = s.adaptive_balance and s.adaptive_balance.copy_paste
+        view = PASTED if pasted else "labelled"
+        chosen["labelled"] = partial(CrossEntropy, s.labelled, view, class_weights, s.labelled.hard_pixels)
+    if s.mixed:
+        chosen["mixed"] = partial(CrossEntropy, s.mixed, "mixed", class_weights)
+    if s.masked:
+        chosen["masked"] = partial(CrossEntropy, s.masked, "masked", class_weights)
+    if s.zero_style:
+        chosen["zero_style"] = partial(ZeroStyle, s.zero_style, class_weights)
+    if s.locally_adaptive:
+        chosen["locally_adaptive"] = partial(LocallyAdaptive, s.locally_adaptive, class_weights)
+    return chosen
 
 
 def _build(name: str, build: Callable[[], Objective], seed: int) -> Objective:

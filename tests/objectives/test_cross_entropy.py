@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -199,7 +200,8 @@ def test_settings_choose_hard_pixels_for_the_crop_and_its_detail() -> None:
     assert value == torch.lerp(whole, part, 0.1)
     assert value != CrossEntropy(section, "source")(Seen(output, view))
     chosen = settings.Objectives(source=section, mixed=False, feature_distance=False, pixel_contrast=False)
-    built = build_objectives(chosen, nn.Module(), ClassTable(CITYSCAPES))  # type: ignore[arg-type]
+    student = SimpleNamespace(decoder=SimpleNamespace(classifiers=lambda: [nn.Conv2d(4, 3, 1)]))
+    built = build_objectives(chosen, student, ClassTable(CITYSCAPES))  # type: ignore[arg-type]
     assert built["source"](Seen(output, view)) == value
 
 

@@ -15,7 +15,7 @@ from cluda_cli import settings
 from cluda_cli.data.labels import IGNORE, ClassTable
 from cluda_cli.distributed import collectives
 from cluda_cli.models.decoders import Decoder
-from cluda_cli.models.frozen import Frozen
+from cluda_cli.models.frozen import Frozen, fit_images
 from cluda_cli.models.normalisation import Normalisation
 from cluda_cli.models.segmenter import Output, Segmenter
 
@@ -56,20 +56,12 @@ class FrozenTeacher(nn.Module):
         self, image: Tensor, normalisation: Normalisation, confidence: float, valid: Tensor
     ) -> PseudoLabels:
         """As `Teacher.pseudo_labels`, of images with this normalisation, and the fused features with them."""
-        output: Output = self.network(self._fit(image, normalisation))
+        output: Output = self.network(fit_images(image, normalisation, self.network.network, self.scale))
         found = label_logits(output.logits, confidence, valid)
         label = self.train_id[found.label]
         known = label != IGNORE
         logits = output.logits[:, self.rows]  # B K h w
         return PseudoLabels(label, found.weight * known, found.probability * known, logits, output.features)
-
-    def _fit(self, image: Tensor, normalisation: Normalisation) -> Tensor:
-        """Images as its encoder wants them, stretched to whole cells."""
-        own, multiple = self.network.network.normalisation, self.network.network.pad_multiple
-        size = [max(round(side * self.scale / multiple), 1) * multiple for side in image.shape[2:]]
-        if own != normalisation:
-            image = own.apply(255 * normalisation.invert(image))
-        return image if size == [*image.shape[2:]] else F.interpolate(image, size, mode="bilinear")
 
 
 class Teacher(nn.Module):

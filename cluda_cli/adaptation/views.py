@@ -37,7 +37,7 @@ class View:
     teacher_logits: Tensor | None = None  # B K h w, of which pseudo-labels were made; for methods that ask for it
     truth: Tensor | None = None  # B H W, bool, where the label is ground truth; None: nowhere
     seed: Tensor | None = None  # B, int64 on the CPU, for what objectives draw in each image
-    guide: Tensor | None = None  # B D h w, what a frozen network makes of the images or of their paired pictures
+    guide: Tensor | None = None  # B D h w, for methods that ask for it: features of a frozen teacher, a paired picture
 
     def part(self, images: slice) -> Self:
         """The view of some of its images."""
@@ -126,7 +126,12 @@ class Scene:
         crops = self.batch["target"]
         label = torch.where(crops.inside, 0, IGNORE)
         certain = torch.ones_like(label, dtype=torch.float32)
-        return Domain(self._normalise(crops), label, certain, certain, torch.zeros_like(crops.inside))
+        return Domain(self.normalise(crops), label, certain, certain, torch.zeros_like(crops.inside))
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """The paired pictures of the target images.  # B 3 H W"""
+        return self.normalise(self.batch["reference"])
 
     def ground_truth(self, name: str) -> Domain:
         """Labelled crops of the batch, by their name."""

@@ -240,6 +240,9 @@ def _build_index(scan: Scan, outcomes: dict[str, Outcome]) -> Index:
         classes=scan.dataset.classes,
         splits={name: tuple(items) for name, items in splits.items() if items},
         margins=scan.dataset.margins,
+        references={
+            pair.image: pair.reference for key, pair in scan.keys.items() if pair.reference and not outcomes[key].is_bad
+        },
     )
 
 

@@ -109,6 +109,7 @@ def _open_stream(run: Run, datasets: Datasets) -> Generator[Batch, None, None]:
         datasets.sources, datasets.unlabelled, data, training.seed, run.step, training.steps,
         labelled=datasets.labelled, pin_memory=run.device.type == "cuda",
         positions=collectives.local_positions(data.batch_size), source_law=run.source_law,
+        paired=run.paired,
     )  # fmt: skip
 
 
@@ -116,6 +117,8 @@ def _refuse_own_weights(settings: Settings, folder: Path) -> None:
     """Raises SettingsError for weights that lie in the folder of the new run, which would remove them."""
     model = settings.model
     used = {"model.start": model.start, "model.weights": model.weights, "model.teacher": model.teacher}
+    if distance := settings.objectives.feature_distance:
+        used["objectives.feature_distance.network"] = distance.network
     for name, value in used.items():
         if value and Path(value).is_file() and Path(value).resolve().is_relative_to(folder.resolve()):
             raise SettingsError("lies in the folder that this run replaces", name, "copy it, or name another --run")

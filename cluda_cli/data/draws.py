@@ -122,6 +122,28 @@ def require_classes(datasets: Sequence[Index]) -> None:
         raise DataError(f"the labels hold one class only: {seen[0]}", datasets[0].folder, remedy)
 
 
+class ReferenceImages(TargetImages):
+    """Draws the paired pictures of target images: with the generator of a target crop, the same crop of its picture.
+
+    Of an image without a paired picture nothing is inside. Raises DataError if no image has one.
+    """
+
+    def __init__(self, index: Index, data: settings.Data) -> None:
+        super().__init__(index, data)
+        if not any(item.image in index.references for item in self.items):
+            remedy = "prepare it with paired pictures, or take paired out of objectives.feature_distance.views"
+            raise DataError(f"dataset {index.name} has no paired pictures", index.folder, remedy)
+
+    def __call__(self, rng: random.Generator, law: Law = None) -> Crops:
+        item, data = self.items[rng.integers(len(self.items))], self.data
+        crop = random_crop(rng, self.frames.size(item), data.crop)
+        paired = item.image in self.frames.index.references
+        inside = torch.full((crop.height, crop.width), paired)
+        black = torch.zeros(3, crop.height, crop.width, dtype=torch.uint8)
+        image, inside = _flip(rng, self.frames.reference(item, crop) if paired else black, inside)
+        return Crops(_pad(image, data.crop, 0), _pad(inside, data.crop, 0))
+
+
 def _flip(rng: random.Generator, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """Both mirrored left to right, or neither, equally likely."""
     return (image.flip(-1), label.flip(-1)) if rng.random() < 0.5 else (image, label)

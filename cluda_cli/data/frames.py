@@ -43,6 +43,15 @@ class Frames:
             self._check_size(item, image, "image")
         return resize_region(image, self.size(item), crop.top, crop.left, crop.height, crop.width)
 
+    def reference(self, item: Item, crop: Crop) -> Tensor:
+        """The same crop of the paired picture of an image, which must have one. Raises DataError as `image`."""
+        path = self.index.root / self.index.references[item.image]
+        pixels = read_image(path)
+        if (pixels.shape[1], pixels.shape[2]) != item.size:
+            what = f"the paired picture is {pixels.shape[1]} x {pixels.shape[2]}"
+            raise DataError(f"{what}, the image {item.size[0]} x {item.size[1]}", path, "run `cluda prepare` again")
+        return resize_region(pixels, self.size(item), crop.top, crop.left, crop.height, crop.width)
+
     def _check_ids(self, item: Item, label: Tensor) -> None:
         ids, num_classes = label.numpy(), len(self.index.classes)
         unknown = ids[(ids >= num_classes) & (ids != IGNORE)]

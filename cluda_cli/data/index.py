@@ -62,6 +62,8 @@ class Index:
     splits: dict[str, tuple[Item, ...]]
     margins: tuple[int, int, int, int] = (0, 0, 0, 0)
     """Top, bottom, left, right bands of the original frame, pixels, without pseudo-labels (a bonnet, borders)."""
+    references: dict[str, str] = field(default_factory=dict)
+    """Image -> its paired picture, of the same size; both relative to `root`."""
 
     def image_path(self, item: Item) -> Path:
         return self.root / item.image
@@ -95,7 +97,8 @@ class Index:
     def fingerprint(self) -> str:
         """Hash of names, sizes, class table and class statistics. It does not depend on the folder."""
         rows = {name: [_to_row(item) for item in items] for name, items in self.splits.items()}
-        content = json.dumps([self.classes.to_json(), rows, self.margins], sort_keys=True)
+        parts = [self.classes.to_json(), rows, self.margins, *([self.references] if self.references else [])]
+        content = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def save(self) -> None:
@@ -107,6 +110,7 @@ class Index:
             "fingerprint": self.fingerprint,
             "classes": self.classes.to_json(),
             "margins": list(self.margins),
+            "references": self.references,
             "splits": {name: [[*_to_row(i), i.stamp] for i in items] for name, items in self.splits.items()},
         }, indent=None)  # fmt: skip
 
@@ -128,7 +132,7 @@ class Index:
             raise DataError(f"not a readable index ({error})", path, remedy) from error
         first = next((items[0].image for items in splits.values() if items), "")
         root = _find_root(stored.roots, folder, first)
-        index = Index(stored.name, folder, root, classes, splits, stored.margins)
+        index = Index(stored.name, folder, root, classes, splits, stored.margins, stored.references)
         if index.fingerprint != stored.fingerprint:
             raise DataError("damaged: its content does not fit its fingerprint", path, remedy)
         return index

@@ -55,6 +55,7 @@ class IndexFile(IndexHead):
     fingerprint: str
     classes: list[dict[str, Any]]
     margins: tuple[Count, Count, Count, Count]
+    references: dict[Text, Text] = {}
     splits: dict[Text, list[Annotated[Row, AfterValidator(_check_row)]]]
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from cluda_cli import settings
 from cluda_cli.data.batch import Batch, Crops
 from cluda_cli.data.cache import SPLIT
-from cluda_cli.data.draws import Draw, LabelledImages, Law, Sources, TargetImages, require_classes
+from cluda_cli.data.draws import Draw, LabelledImages, Law, ReferenceImages, Sources, TargetImages, require_classes
 from cluda_cli.data.index import Index, joint_classes
 from cluda_cli.distributed.children import STOP_SIGNALS, end_with_parent, kill_children
 from cluda_cli.distributed.place import usable_cores
@@ -25,6 +25,9 @@ from cluda_cli.seeds import derive_seed
 
 LOOKAHEAD = 20
 """Batches that are requested ahead of their step at most; so old is the state that a law may depend on."""
+
+DRAWN_LIKE = {"reference": "target"}
+"""Crops that are drawn with the generator of others, so that they show the same place."""
 
 
 def batches(
@@ -39,6 +42,7 @@ def batches(
     pin_memory: bool = False,
     positions: range | None = None,
     source_law: Callable[[int], Law] = lambda _: None,
+    paired: bool = False,
 ) -> Generator[Batch, None, None]:
     """The batches of steps start, ..., stop - 1, made by loader processes; without any, the same batches.
 
@@ -49,14 +53,14 @@ def batches(
 
     `pin_memory` speeds up copies to a CUDA device and needs one. `positions` are the images wanted of each batch;
     unset: all of them. `source_law` gives the class probabilities of labelled images for the batch of a step when that
-    batch is requested, at most `LOOKAHEAD` steps before its turn.
+    batch is requested, at most `LOOKAHEAD` steps before its turn. `paired` adds the paired pictures of target images.
 
-    Raises DataError at once if a source has no labels, a domain no training images, or all labels the same class;
-    SettingsError if the margins leave nothing of a target image; while iterating, DataError that names an unreadable
-    file.
+    Raises DataError at once if a source has no labels, a domain no training images, all labels the same class, or no
+    image a paired picture that is asked for; SettingsError if the margins leave nothing of a target image; while
+    iterating, DataError that names an unreadable file.
     """
     positions = range(data.batch_size) if positions is None else positions
-    steps = Steps(draws(sources, target, data, labelled), seed, positions)
+    steps = Steps(draws(sources, target, data, labelled, paired), seed, positions)
     workers = min(count_workers(data), max(stop - start, 0))
     loader = DataLoader(
         steps,
@@ -78,7 +82,7 @@ def count_workers(data: settings.Data) -> int:
 
 
 def draws(
-    sources: Sequence[Index], target: Index, data: settings.Data, labelled: Index | None = None
+    sources: Sequence[Index], target: Index, data: settings.Data, labelled: Index | None = None, paired: bool = False
 ) -> dict[str, Draw]:
     """How the crops of each name are drawn; names without images are left out."""
     truth = [*sources, *([labelled] if labelled else [])]
@@ -89,7 +93,8 @@ def draws(
         kind = "labelled target"
         found["labelled"] = LabelledImages(labelled, joint_classes(truth), data, data.target_box, kind)
     require_classes(truth)
-    return found | {"target": TargetImages(target, data)}
+    found["target"] = TargetImages(target, data)
+    return found | {"reference": ReferenceImages(target, data)} if paired else found
 
 
 class Steps(Dataset["Batch | CludaError"]):
@@ -110,7 +115,7 @@ class Steps(Dataset["Batch | CludaError"]):
             return error
 
     def _generator(self, name: str, step: int, position: int) -> np.random.Generator:
-        return np.random.default_rng(derive_seed(self.seed, name, step, position))
+        return np.random.default_rng(derive_seed(self.seed, DRAWN_LIKE.get(name, name), step, position))
 
 
 def _iterate(loader: "DataLoader[Batch | CludaError]") -> Generator[Batch, None, None]:

@@ -20,11 +20,11 @@ from cluda_cli.engine.sharding import (
     scatter_optimizer_state,
     shard,
 )
-from cluda_cli.engine.start import read_teacher, start_from
+from cluda_cli.engine.start import read_network, read_teacher, start_from
 from cluda_cli.errors import SettingsError, first_line
 from cluda_cli.files import sha256
 from cluda_cli.models.boxes import Boxes
-from cluda_cli.models.encoders import LoadReport, load_pretrained
+from cluda_cli.models.encoders import Encoder, LoadReport, load_pretrained
 from cluda_cli.models.multires import build_segmenter
 from cluda_cli.models.normalisation import Normalisation
 from cluda_cli.models.segmenter import Output, Segmenter
@@ -64,7 +64,7 @@ class Run:
         self.start: str | None = None
         """One line for the user that says what `model.start` did; None without it."""
         self.frozen: dict[str, str] = {}
-        """File -> SHA-256, hexadecimal, of the trained networks that the run reads and does not change."""
+        """Origin -> SHA-256, hexadecimal, of the weights of networks that the run reads and never changes."""
         with torch.random.fork_rng(devices=[]):  # layers initialise themselves from the global generator
             torch.manual_seed(derive_seed(settings.training.seed, "initialise"))
             self.student = build_segmenter(settings.model, settings.data.crop, len(self.classes))
@@ -76,7 +76,7 @@ class Run:
             self.objectives = build_objectives(
                 settings.objectives_in_use, self.student, self.classes, weights, frozen,
                 "source" if settings.data.source else "labelled", settings.data.crop, settings.mixing,
-                settings.training.seed,
+                settings.training.seed, self._read_network(),
             )  # fmt: skip
         self.makers = build_makers(settings, self.objectives, frequencies)
         if settings.model.start and not resumed:
@@ -111,6 +111,15 @@ class Run:
         self.frozen[path] = sha256(Path(path))
         return teacher
 
+    def _read_network(self) -> Encoder | Segmenter | None:
+        """The frozen network of the feature distance; None for the pretrained encoder, or without that objective."""
+        section = self.settings.objectives.feature_distance
+        if not section or section.network == "pretrained":
+            return None
+        network, origin, digest = read_network(section)
+        self.frozen[origin] = digest
+        return network
+
     def _try_crop(self) -> None:
         """Raises SettingsError now if the network cannot train on the crop, rather than in the first step."""
         data, micro_batch = self.settings.data, self.settings.training.micro_batch
@@ -130,6 +139,11 @@ class Run:
             what = f"{self.settings.model.encoder} cannot train on {len(image)} such crops ({first_line(error)})"
             remedy = f"take a larger multiple of {self.student.pad_multiple}, or more images at once"
             raise SettingsError(what, "data.crop", remedy) from error
+
+    @property
+    def paired(self) -> bool:
+        """Whether an objective asks for the paired pictures of target images."""
+        return any("paired" in group for objective in self.objectives.values() for group in objective.reads)
 
     @property
     def networks(self) -> dict[str, Segmenter]:

@@ -1,4 +1,4 @@
-"""Start a run from the weights of another one (`model.start`), or learn from it (`model.teacher`)."""
+"""Start a run from the weights of another one (`model.start`), or learn from a frozen one (`model.teacher`)."""
 
 import math
 from pathlib import Path
@@ -8,8 +8,11 @@ import torch
 from cluda_cli.adaptation.teacher import FrozenTeacher
 from cluda_cli.data.labels import ClassTable
 from cluda_cli.errors import SettingsError
+from cluda_cli.files import sha256
 from cluda_cli.inference.weights_file import load_weights
+from cluda_cli.models.encoders import Encoder, build_encoder, load_pretrained
 from cluda_cli.models.segmenter import Segmenter
+from cluda_cli.settings import FeatureDistance, Model
 
 WHERE = "model.start"
 
@@ -54,6 +57,25 @@ def read_teacher(path: Path, box: tuple[int, int] | None, classes: ClassTable) -
     own = deployed.settings.data.target_box
     scale = math.sqrt(math.prod(own) / math.prod(box)) if own and box else 1.0
     return FrozenTeacher(deployed.network, deployed.classes, classes, scale)
+
+
+def read_network(section: FeatureDistance) -> tuple[Encoder | Segmenter, str, str]:
+    """The frozen network that a feature distance names, the origin of its weights, and their SHA-256.
+
+    Raises DataError for a file that cannot be read, EnvironmentProblem for weights that are out of reach, SettingsError
+    for what is neither a file nor an encoder.
+    """
+    where, path = "objectives.feature_distance.network", Path(section.network)
+    if path.suffix == ".safetensors":
+        return load_weights(path, torch.device("cpu")).network, str(path), sha256(path)
+    model = Model(encoder=section.network, weights=section.network_weights)
+    try:
+        encoder = build_encoder(model)
+    except SettingsError as error:
+        remedy = f"{error.remedy}; or give the weights of a run, runs/NAME/best.safetensors"
+        raise SettingsError(error.what, where, remedy) from error
+    report = load_pretrained(encoder, model)
+    return (encoder, report.origin, report.sha256) if report else (encoder, section.network, "")
 
 
 def _remedy(path: Path) -> str:

@@ -33,23 +33,31 @@ def make_measurable(settings: Settings, steps: int) -> Settings:
     distance to random weights, which costs the same, is refused there for good reason.
     """
     model = settings.model.model_copy(update={"weights": False, "start": None})
+    distance = settings.objectives.feature_distance
+    if distance and distance.network != "pretrained":
+        distance = distance.model_copy(update={"network_weights": False})
+    objectives = settings.objectives.model_copy(update={"feature_distance": distance})
     optimizer = settings.optimizer.model_copy(update={"lr": 1e-12})
     training = settings.training.model_copy(update={"steps": max(steps, settings.training.steps)})
-    return settings.model_copy(update={"model": model, "optimizer": optimizer, "training": training})
+    changed = {"model": model, "objectives": objectives, "optimizer": optimizer, "training": training}
+    return settings.model_copy(update=changed)
 
 
 def stream_batches(
     settings: Settings, datasets: Datasets | None, num_classes: int, first: int, device: torch.device
 ) -> Generator[Batch, None, None]:
     """Batches of the datasets, or one synthetic batch again and again."""
-    pin_memory = device.type == "cuda"
+    pin_memory, distance = device.type == "cuda", settings.objectives.feature_distance
+    paired = bool(distance and "paired" in distance.views)
     if datasets:
         data, training = settings.data, settings.training
         return batches(
             datasets.sources, datasets.unlabelled, data, training.seed, first, training.steps,
-            labelled=datasets.labelled, pin_memory=pin_memory,
+            labelled=datasets.labelled, pin_memory=pin_memory, paired=paired,
         )  # fmt: skip
     batch = synthetic_batch(settings.data, num_classes, generator(settings, "bench batch"))
+    if paired:
+        batch = {**batch, "reference": batch["target"]}
     if pin_memory:
         batch = {name: crops.pin_memory() for name, crops in batch.items()}
     return (each for each in itertools.repeat(batch))

@@ -12,6 +12,7 @@ from cluda_cli.adaptation.teacher import FrozenTeacher
 from cluda_cli.adaptation.views import MakeMasked, MakeMixed, Maker, MakeStrongTarget, MakeTruth, make_target
 from cluda_cli.data.labels import ClassTable
 from cluda_cli.errors import SettingsError
+from cluda_cli.models.encoders import Encoder
 from cluda_cli.models.multires import MultiResolution
 from cluda_cli.models.segmenter import Segmenter
 from cluda_cli.objectives.adaptive_balance import PASTED, AdaptiveBalance
@@ -43,20 +44,22 @@ def build_objectives(
     crop: tuple[int, int] = (512, 512),
     mixing: settings.Mixing = settings.Mixing(),  # noqa: B008  it is frozen
     seed: int = 0,
+    network: Encoder | Segmenter | None = None,
 ) -> nn.ModuleDict:
     """The objectives that the settings switch on, by the name of their section.
 
     The encoder of `student` must hold its pretrained weights; `classes` are those of the labels. `class_weights` (K)
     are those of ground truth in cross-entropy, `teacher` is that of distillation. `truth` is the view of ground truth
-    that all other objectives read: `source`, or `labelled` in a run without a source. `crop` is the size of crops.
-    Layers are drawn under `seed`, those of an objective alike whether others are on or off. Raises SettingsError for
-    classes that do not exist, for distillation without a teacher, and for confidence of a view that nobody reads.
+    that all other objectives read: `source`, or `labelled` in a run without a source. `crop` is the size of crops, and
+    `network` that of the feature distance, None for the pretrained encoder. Layers are drawn under `seed`, those of an
+    objective alike whether others are on or off. Raises SettingsError for what does not fit: unknown classes,
+    distillation without a teacher, confidence of a view that nobody reads, a network of other maps.
     """
     chosen = _choose_cross_entropies(s, class_weights)
     views = (truth, "mixed") if s.mixed else (truth,)  # of contrasts
     fused = student.decoder.classifiers()[0].in_channels  # channels
     if s.feature_distance:
-        chosen["feature_distance"] = partial(FeatureDistance, s.feature_distance, student.encoder, classes, truth)
+        chosen["feature_distance"] = partial(_build_distance, s.feature_distance, student, classes, truth, network)
     if s.pixel_contrast:
         channels = student.encoder.channels if isinstance(student, MultiResolution) else None
         chosen["pixel_contrast"] = partial(PixelContrast, s.pixel_contrast, views, channels)
@@ -135,6 +138,17 @@ def _check_confidence_view(s: settings.Objectives, built: nn.ModuleDict, truth: 
     if view not in {name for objective in others for group in objective.reads for name in group}:
         where = "objectives.adaptive_balance.confidence_from"
         raise SettingsError(f"no objective reads the view {view}", where, "name one that is learned from")
+
+
+def _build_distance(
+    section: settings.FeatureDistance,
+    student: Segmenter,
+    classes: ClassTable,
+    truth: str,
+    network: Encoder | Segmenter | None,
+) -> FeatureDistance:
+    channels = (*student.encoder.channels, student.decoder.classifiers()[0].in_channels)
+    return FeatureDistance(section, student.encoder, classes, truth, network, channels)
 
 
 def _require(teacher: FrozenTeacher | None, name: str) -> FrozenTeacher:

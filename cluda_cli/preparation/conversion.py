@@ -181,6 +181,8 @@ def convert(conversion: Conversion) -> Outcome:
                 refuse_misfit(header, label, conversion.labels_upright)
         except BadFile as bad:
             problems.append(bad.to_problem(pair.label))
+    if pair.reference is not None and header is not None:
+        problems += _check_reference(root / pair.reference, pair.reference, header, decode=conversion.output is None)
     outcome = Outcome(
         (0, 0) if header is None else header.size,
         {} if label is None else count_pixels(label.train_ids),
@@ -190,6 +192,19 @@ def convert(conversion: Conversion) -> Outcome:
         with atomic(conversion.output) as temporary:
             Image.fromarray(label.train_ids).save(temporary, format="PNG")
     return outcome
+
+
+def _check_reference(path: Path, name: str, image: Header, decode: bool) -> list[Problem]:
+    """What is wrong with a paired picture."""
+    try:
+        with reading(path):
+            found = check_image(path, decode=decode)
+        if found.size != image.size:
+            sizes = f"{found.size[1]} x {found.size[0]}, image {image.size[1]} x {image.size[0]}"
+            raise BadFile(Kind.REFERENCE, sizes)
+    except BadFile as bad:
+        return [bad.to_problem(name)]
+    return []
 
 
 @contextmanager
@@ -251,6 +266,8 @@ def hash_pair(dataset: Dataset, pair: Pair) -> str:
     stamps = [read_stamp(dataset.root / path) for path in (pair.image, pair.label) if path]
     how = [_hash_reader(dataset), dataset.labels_upright]
     content = [VERSION, pair.split, pair.stem, pair.image, pair.label, stamps, how]
+    if pair.reference:
+        content += [pair.reference, read_stamp(dataset.root / pair.reference)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
 
 

@@ -67,6 +67,10 @@ class SplitTable(Section):
     """Glob of the images, relative to root."""
     labels: Pattern | None = None
     """Glob of the labels; leave it out for images without labels."""
+    references: Pattern | None = None
+    """Glob of paired pictures: the scene of an image under other conditions, for `objectives.feature_distance`."""
+    pairs: Pattern | None = None
+    """Glob of CSV files whose lines name an image and its paired picture, where their names do not agree."""
     list: Text | None = None
     """File with one name per line that restricts the split, relative to root."""
 
@@ -96,6 +100,13 @@ class DescriptionTable(Section):
     """Class name -> colour in pictures."""
     splits: dict[PlainName, SplitTable] = Field(min_length=1)
     """Split -> where its files are."""
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> "DescriptionTable":
+        for name, split in self.splits.items():
+            if split.pairs and not split.references:
+                raise ValueError(f"splits.{name}.pairs: needs splits.{name}.references, which finds the pictures")
+        return self
 
     @model_validator(mode="after")
     def _check_classes(self) -> "DescriptionTable":
@@ -226,7 +237,7 @@ def _build_reader(table: DescriptionTable) -> LabelReader | None:
 
 def _build_split(name: str, table: SplitTable, root: Path) -> Split:
     if table.list is None:
-        return Split(name, table.images, table.labels, required=True)
+        return Split(name, table.images, table.labels, references=table.references, pairs=table.pairs, required=True)
     path = root / table.list
     try:
         if not path.is_file():
@@ -239,7 +250,10 @@ def _build_split(name: str, table: SplitTable, root: Path) -> Split:
             what = f'line {number} of the list of split {name} has several columns: "{line[:80]}"'
             raise DataError(what, path, "keep the column of the images; labels are found by the pattern of the split")
     listed = frozenset(_read_listed_name(line) for line in lines if line)
-    return Split(name, table.images, table.labels, keep=listed.__contains__, listed=listed, required=True)
+    return Split(
+        name, table.images, table.labels, keep=listed.__contains__, listed=listed, references=table.references,
+        pairs=table.pairs, required=True,
+    )  # fmt: skip
 
 
 def _split_columns(line: str) -> list[str]:

@@ -5,11 +5,12 @@ import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cluda_cli.data.globs import Found, describe_beside, escape, find_files, is_text
 from cluda_cli.preparation.problems import Kind, Problem
+from cluda_cli.preparation.references import match_lists, read_lists
 
 LONGEST_STEM = 180  # bytes
 
@@ -25,6 +26,10 @@ class Split:
     """If given, a file belongs to the split if this is true of one of its names (`Found.names`)."""
     listed: frozenset[str] = frozenset()
     """Names in the list file of the split. A name without an image is reported."""
+    references: str | None = None
+    """Glob of paired pictures: what an image shows, under other conditions."""
+    pairs: str | None = None
+    """Glob of lists of an image and its paired picture; without it, names pair them as they pair labels."""
     required: bool = False
     """Whether it is an error if no image is found: a user names the split, while a publisher's may be left out."""
 
@@ -38,6 +43,8 @@ class Pair:
     """Unique among the labelled pairs of the split; may contain folders."""
     image: str
     label: str | None
+    reference: str | None = None
+    """The paired picture, if there is one."""
 
 
 @dataclass
@@ -74,7 +81,11 @@ def find_pairs(root: Path, splits: Sequence[Split]) -> Pairs:
         split.name: keep_text(find_files(root, split.labels, repeat=True)) if split.labels else []
         for split in splits
     }
-    masks = {resolve(label.path) for found in labels.values() for label in found}
+    references = {
+        split.name: keep_text(find_files(root, split.references, repeat=True)) if split.references else []
+        for split in splits
+    }
+    masks = {resolve(file.path) for found in (*labels.values(), *references.values()) for file in found}
     for split in splits:
         matching = keep_text(find_files(root, split.images, again))
         images = [image for image in matching if resolve(image.path) not in masks and _belongs(image, split)]
@@ -82,6 +93,8 @@ def find_pairs(root: Path, splits: Sequence[Split]) -> Pairs:
             only_masks = all(resolve(file.path) in masks for file in matching)
             result.problems.append(_explain_empty(root, split, len(matching), only_masks))
         _pair(root, split, images, labels[split.name], result)
+        if split.references:
+            add_references(root, split, images, references[split.name], result)
     result.problems += _find_shared(result.pairs, resolve)
     result.problems += [Problem(Kind.NAME, escape(path)) for path in sorted(strange)]
     result.problems += [
@@ -109,6 +122,25 @@ def _pair(root: Path, split: Split, images: Sequence[Found], labels: Sequence[Fo
     present = {name for image in images for name in image.names}
     absent = sorted(split.listed - present)
     result.problems += [Problem(Kind.LISTED, name, f"in the list of split {split.name}") for name in absent]
+
+
+def add_references(
+    root: Path, split: Split, images: Sequence[Found], references: Sequence[Found], result: Pairs
+) -> None:
+    """Give the pairs of a split their paired pictures, and report what has none. Raises DataError for a bad list."""
+    if split.pairs:
+        matched = match_lists(images, references, read_lists(root, split.pairs))
+    else:
+        matched, _ = match_labels(images, references)
+    result.pairs = [
+        replace(pair, reference=matched.get(pair.image)) if pair.split == split.name else pair for pair in result.pairs
+    ]
+    if images and split.required and not matched:
+        named = f"images are named like {images[0].key}, pictures like {references[0].key}" if references else ""
+        detail = named or describe_beside(root, split.references or "")
+        result.problems.append(Problem(Kind.NO_PAIR, split.name, detail))
+    elif references:
+        result.problems += [Problem(Kind.NO_REFERENCE, i.path) for i in images if i.path not in matched]
 
 
 def match_labels(images: Sequence[Found], labels: Sequence[Found]) -> tuple[dict[str, str], set[str]]:
@@ -148,7 +180,7 @@ def _explain_empty(root: Path, split: Split, num_matching: int, only_masks: bool
     if not num_matching:
         detail = describe_beside(root, split.images)
     elif only_masks:
-        detail = f"all {num_matching} files that match {split.images} are also matched as labels"
+        detail = f"all {num_matching} files that match {split.images} are also matched as labels or paired pictures"
     else:
         detail = f"none of the {num_matching} files that match {split.images} is in its list"
     return Problem(Kind.EMPTY if split.required else Kind.NOT_THERE, split.name, detail)

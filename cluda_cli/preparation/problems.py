@@ -34,6 +34,16 @@ class Kind(Enum):
         True,
         "add the labels; or keep the images as unlabelled with --skip-bad, or in a split without labels",
     )
+    REFERENCE = (
+        "paired pictures of another size than their image",
+        True,
+        "both must have the same height and width, because they are cropped alike",
+    )
+    NO_PAIR = (
+        "splits in which no paired picture fits an image",
+        True,
+        "names must agree where the patterns have wildcards, or the lists of pairs must name the files",
+    )
     BLANK = (
         "splits whose labels hold no class",
         True,
@@ -42,6 +52,7 @@ class Kind(Enum):
     LONE = ("splits whose labels hold one class only", False, "there, the right answer is the same everywhere")
     REDUCED = ("labels in a wider form than needed, read without loss", False, "")
     NEAR = ("labels with colours that were read as the nearest listed one", False, "")
+    NO_REFERENCE = ("images without a paired picture", False, "")
     NO_IMAGE = ("labels without an image", False, "")
     NOT_THERE = ("splits of the publisher that are not there", False, "")
     LINKED = ("folders found again through a link, whose images are taken once", False, "")
@@ -61,7 +72,7 @@ class Kind(Enum):
     @property
     def leaves_out(self) -> bool:
         """Whether --skip-bad leaves out the file concerned. Images that only lack a usable label are kept."""
-        return self.is_error and self not in {Kind.NO_LABEL, Kind.UNPAIRED, Kind.BLANK, Kind.EMPTY}
+        return self.is_error and self not in {Kind.NO_LABEL, Kind.UNPAIRED, Kind.NO_PAIR, Kind.BLANK, Kind.EMPTY}
 
     @property
     def remedy(self) -> str:

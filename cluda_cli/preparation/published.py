@@ -138,6 +138,7 @@ def _build_acdc(between: str, below: str, suffix: str, reader: LabelReader) -> L
             name,
             f"rgb_anon/{between}{name}/{below}*_rgb_anon.png",
             None if name == "test" else f"gt/{between}{name}/{below}*_gt_{suffix}.png",
+            references=f"rgb_anon/{between}train_ref/{below}*_rgb_ref_anon.png" if name == "train" else None,
         )
         for name in ("train", "val", "test")
     ), reader, as_published=bool(between))  # fmt: skip
@@ -145,7 +146,12 @@ def _build_acdc(between: str, below: str, suffix: str, reader: LabelReader) -> L
 
 def _build_dark_zurich(suffix: str, reader: LabelReader) -> Layout:
     return Layout((
-        Split("train", "rgb_anon/train/night/**/*_rgb_anon.png"),
+        Split(
+            "train",
+            "rgb_anon/train/night/**/*_rgb_anon.png",
+            references="rgb_anon/train/day/**/*_rgb_anon.png",
+            pairs="corresp/train/night/**/*.csv",
+        ),
         Split("val", "rgb_anon/val/**/*_rgb_anon.png", f"gt/val/**/*_gt_{suffix}.png"),
         Split("test", "rgb_anon/test/**/*_rgb_anon.png"),
     ), reader)  # fmt: skip
@@ -222,7 +228,7 @@ PUBLISHED: tuple[Published, ...] = (
     Published(
         "dark-zurich",
         tuple(_build_dark_zurich(*files) for files in LABEL_FILES),
-        archives=(Archive("Dark_Zurich_*_anon.zip", _FROM_VIDEO),),
+        archives=(Archive("Dark_Zurich_*_anon.zip", (*_FROM_VIDEO, "corresp")),),
     ),
 )
 

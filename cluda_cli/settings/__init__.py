@@ -244,11 +244,14 @@ class Settings(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":
         problems = []
-        if self.objectives.feature_distance and self.model.weights is False:
+        distance = self.objectives.feature_distance
+        if distance and distance.network == "pretrained" and self.model.weights is False:
             problems.append(
                 "objectives.feature_distance needs pretrained weights, but model.weights is false; "
                 "set objectives.feature_distance=false or give weights"
             )
+        if distance and distance.network_weights is False:
+            problems.append("objectives.feature_distance.network_weights: an untrained network is no aim")
         window, stride = self.inference.window, self.inference.stride
         if window and stride and any(step > side for step, side in zip(stride, window, strict=True)):
             problems.append("evaluation.stride is larger than evaluation.window, which leaves gaps between windows")

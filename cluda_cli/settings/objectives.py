@@ -44,15 +44,39 @@ class SupervisedCrossEntropy(CrossEntropy):
     """Mean over hard pixels in place of the mean over all pixels; false takes all."""
 
 
+Distance = Literal["euclidean", "squared", "cosine", "cosine_and_smooth_l1"]
+
+
 class FeatureDistance(Objective):
-    """Distance of thing-class features to the frozen pretrained encoder (DAFormer, section 3.3)."""
+    """Distance of features to those of a frozen network; by default of things to the pretrained encoder (DAFormer)."""
 
     weight: float = Field(0.005, ge=0)
     """Factor of the term in the total loss."""
-    classes: Unset[tuple[str, ...]] = None
-    """Names of the classes it acts on; unset: the countable classes of the source."""
+    views: tuple[Literal["source", "target", "paired"], ...] = Field(("source",), min_length=1)
+    """Where it is measured: on source images, on target images, on target images against their paired pictures."""
+    network: str = "pretrained"
+    """The frozen network: "pretrained", the student's own encoder before it learns; the name of an encoder; or the
+    weights file of a run."""
+    network_weights: str | Literal[False] = "imagenet"
+    """Weights of a frozen encoder that `network` names, as for `model.weights`."""
+    features: tuple[Literal["first", "second", "third", "last", "fused"], ...] = Field(("last",), min_length=1)
+    """Maps that are compared, whose terms are added: those of the encoder from the finest to the last, and the fused
+    feature of the decoder, which only the network of a run has."""
+    distance: Distance = "euclidean"
+    """What is averaged over cells: the Euclidean distance, its square, 1 - cosine, or a mean of the latter and smooth
+    L1."""
+    cosine_share: float = Field(0.9, ge=0, le=1)
+    """Share of the cosine in `cosine_and_smooth_l1`; the rest is smooth L1."""
+    head: bool = False
+    """Compare through a head of two layers, which learns; needed where channels differ."""
+    classes: Unset[Literal["all"] | tuple[str, ...]] = None
+    """Names of the classes it acts on, or "all"; unset: the countable classes of the source. On target images the
+    classes are those of the pseudo-labels."""
     min_share: float = Field(0.75, gt=0, le=1)
-    """A feature cell counts if one such class covers at least this share of its pixels."""
+    """A feature cell counts if one such class covers at least this share of its pixels; with "all", any labels."""
+    search: int = Field(0, ge=0, le=8)
+    """A cell is compared with the most similar one at most so many cells away, for pictures that do not lie exactly on
+    each other."""
 
 
 class PixelContrast(Objective):
@@ -328,8 +352,8 @@ class Objectives(Section):
     masked: Optional[CrossEntropy] = None
     """Cross-entropy on masked images with pseudo-labels: masked consistency; false switches it off."""
     feature_distance: Optional[FeatureDistance] = FeatureDistance()
-    """Distance to the pretrained encoder on source images, without a source on labelled target images; false switches
-    it off."""
+    """Distance to a frozen network, by default to the pretrained encoder on source images, without a source on labelled
+    target images; false switches it off."""
     pixel_contrast: Optional[PixelContrast] = PixelContrast()
     """Contrast on source images (without a source on labelled target images) and, if `mixed` is on, on mixed images;
     false switches it off."""

@@ -9,12 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from cluda_cli.data.draws import LabelledImages, TargetImages
+from cluda_cli.data.draws import LabelledImages, ReferenceImages, TargetImages
 from cluda_cli.data.index import Index, Item, joint_classes, seen_classes
 from cluda_cli.data.labels import CITYSCAPES, ClassTable, LabelClass
 from cluda_cli.data.streams import Steps, batches, draws
 from cluda_cli.errors import DataError, SettingsError
 from cluda_cli.settings import Data, RareClass
+from tests.conftest import write_dataset
 
 BENCH = Path(__file__).parent.parent / "benchmarks" / "bench_stream.py"
 
@@ -225,3 +226,31 @@ def test_a_law_acts_on_labelled_target_images_too(index):
     steps = Steps(draws([], index, data, labelled), 0, range(8))
     images = [steps[0, law]["labelled"].image[:, 2, 0, 0] for law in (None, tuple(float(k == 3) for k in range(19)))]
     assert (images[0] == 1).all() and (images[1] != 1).all()
+
+
+def test_a_paired_picture_is_cropped_and_flipped_as_its_image(tmp_path):
+    """Each picture is its image, so that equal crops are equal."""
+    index = write_dataset(tmp_path, "night", seed=3)
+    items = index.splits["train"]
+    index = replace(index, references={item.image: item.image for item in items[:2]})
+    found = set()
+    for batch in batches([index], index, settings(), 0, 0, 12, paired=True):
+        target, reference = batch["target"], batch["reference"]
+        for image, picture, inside in zip(target.image, reference.image, reference.inside, strict=True):
+            assert torch.equal(image, picture) if inside.all() else not (picture.any() or inside.any())
+            found.add(bool(inside.all()))
+    assert found == {True, False}
+    assert "reference" not in next(batches([index], index, settings(), 0, 0, 1))
+
+
+def test_a_paired_picture_that_changed_is_named(tmp_path):
+    index = write_dataset(tmp_path, "night", seed=3)
+    Image.new("RGB", (9, 9)).save(index.root / "day.png")
+    index = replace(index, references={item.image: "day.png" for item in index.splits["train"]})
+    with pytest.raises(DataError, match=r"day\.png: the paired picture is 9 x 9, the image 48 x 80"):
+        ReferenceImages(index, settings())(np.random.default_rng(0))
+
+
+def test_a_dataset_without_paired_pictures_is_refused(index):
+    with pytest.raises(DataError, match="has no paired pictures -> prepare it with paired pictures"):
+        batches([index], index, settings(), 0, 0, 1, paired=True)

@@ -1,5 +1,6 @@
 """A run that starts from another run's weights, and parts that do not learn."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -193,3 +194,42 @@ def test_a_teacher_that_lacks_a_class_or_is_none_is_refused(distilled, weights):
         start(changed(without, {"objectives": {"distilled": False}}))
     with pytest.raises(DataError, match="no such weights file"):
         start(changed(distilled, {"model": {"teacher": "absent.safetensors"}}))
+
+
+def test_feature_regression_of_paired_pictures_learns_and_resumes(tiny_settings, weights, tmp_path):
+    """To the features of the network from which the run starts; one step, a save and a step equal two steps."""
+    source, target = (find(name, tiny_settings.data.root) for name in ("clean", "noisy"))
+    target = replace(target, references={item.image: item.image for item in target.splits["train"]})
+    distance = {"views": ["paired"], "network": str(weights[0]), "features": ["last", "fused"], "classes": "all"}
+    settings = changed(tiny_settings, {
+        "model": {"start": str(weights[0])},
+        "objectives": DISTILLATION["objectives"] | {
+            "distilled": False, "relation_distillation": False,
+            "feature_distance": distance | {"distance": "squared", "search": 1},
+        },
+    })  # fmt: skip
+    first, second = batches([source], target, settings.data, 0, 0, 2, paired=True)
+    whole = start(settings)
+    assert whole.paired and list(whole.frozen) == [str(weights[0])]
+    (term,) = training_step(whole, first).terms.items()
+    assert term[0] == "paired/feature_distance" and term[1] > 0
+    save_state(tmp_path / "state.pt", whole.state_dict())
+    resumed = Run(settings, [source], CPU, resumed=True)
+    resumed.load_state_dict(load_state(tmp_path / "state.pt"))
+    assert training_step(resumed, second).terms == training_step(whole, second).terms
+    assert all(torch.equal(v, whole.student.state_dict()[k]) for k, v in resumed.student.state_dict().items())
+
+
+def test_a_frozen_encoder_is_found_by_name_or_refused(tiny_settings, tiny_encoder):
+    vfm = {"views": ["source", "target"], "network": "test_efficientnet", "network_weights": str(tiny_encoder),
+           "distance": "cosine_and_smooth_l1", "head": True, "classes": "all", "weight": 0.1}  # fmt: skip
+    settings = changed(tiny_settings, {"objectives": {"feature_distance": vfm}})
+    run = start(settings)
+    assert list(run.frozen) == [str(tiny_encoder)]
+    source, target = (find(name, tiny_settings.data.root) for name in ("clean", "noisy"))
+    terms = training_step(run, next(batches([source], target, settings.data, 0, 0, 1))).terms
+    assert terms["source/feature_distance"] > 0 and terms["target/feature_distance"] > 0
+    assert any("feature_distance.heads" in name for name in run.objectives.state_dict())
+    unknown = changed(settings, {"objectives": {"feature_distance": {"network": "mit_b9"}}})
+    with pytest.raises(SettingsError, match=r"feature_distance\.network: there is no encoder .* or give the weights"):
+        start(unknown)

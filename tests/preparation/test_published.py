@@ -59,7 +59,7 @@ def located(name: str, data_root: Path) -> tuple[Dataset, dict[str, list[Pair]]]
     """The dataset and its pairs by split; nothing may be wrong, but a split may be left out."""
     dataset = BY_NAME[name].locate(data_root)
     found = find_pairs(dataset.root, dataset.splits)
-    assert all(problem.kind is Kind.NOT_THERE for problem in found.problems)
+    assert {problem.kind for problem in found.problems} <= {Kind.NOT_THERE, Kind.NO_REFERENCE}
     splits = {split.name: [pair for pair in found.pairs if pair.split == split.name] for split in dataset.splits}
     return dataset, splits
 
@@ -118,6 +118,30 @@ def test_acdc(tmp_path: Path, suffix: str, value: int, nested: bool) -> None:
     assert {name: len(pairs) for name, pairs in splits.items()} == {"train": 2, "val": 2, "test": 2}
     assert value_of(dataset, splits["train"][1]) == 13
     assert splits["test"][0].label is None
+
+
+def test_acdc_ships_pairs(tmp_path: Path) -> None:
+    for condition in ("fog", "night"):
+        image(tmp_path / f"acdc/rgb_anon/{condition}/train/{VIDEO}_rgb_anon.png")
+        ids(tmp_path / f"acdc/gt/{condition}/train/{VIDEO}_gt_labelIds.png", CAR)
+    image(tmp_path / f"acdc/rgb_anon/fog/train_ref/{VIDEO}_rgb_ref_anon.png")
+    _, splits = located("acdc", tmp_path)
+    pairs = {pair.image: pair.reference for pair in splits["train"]}
+    assert pairs == {
+        f"rgb_anon/fog/train/{VIDEO}_rgb_anon.png": f"rgb_anon/fog/train_ref/{VIDEO}_rgb_ref_anon.png",
+        f"rgb_anon/night/train/{VIDEO}_rgb_anon.png": None,
+    }
+
+
+def test_dark_zurich_lists_pairs(tmp_path: Path) -> None:
+    root = tmp_path / "dark_zurich"
+    night, day = "train/night/GOPR0351/GOPR0351_frame_000159", "train/day/GOPR0345/GOPR0345_frame_001206"
+    for place in (night, day, "train/night/GOPR0351/GOPR0351_frame_000160"):
+        image(root / f"rgb_anon/{place}_rgb_anon.png")
+    (root / "corresp/train/night").mkdir(parents=True)
+    (root / "corresp/train/night/GOPR0351.csv").write_text(f"{night},{day}\n")
+    _, splits = located("dark-zurich", tmp_path)
+    assert [pair.reference for pair in splits["train"]] == [f"rgb_anon/{day}_rgb_anon.png", None]
 
 
 def test_label_ids_are_preferred_to_train_ids(tmp_path: Path) -> None:
@@ -203,7 +227,7 @@ def test_archives_and_layouts_name_the_same_folders() -> None:
             for layout in published.layouts
             if layout.as_published
             for split in layout.splits
-            for pattern in (split.images, split.labels)
+            for pattern in (split.images, split.labels, split.references, split.pairs)
             if pattern
         ]
         return {pattern.split("/")[0] for pattern in patterns}

@@ -1,6 +1,7 @@
 """Regions of the target, pairs of them, and what the classifier and the features each learn of it."""
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -271,3 +272,15 @@ def see_part(seen: Seen, image: int) -> Seen:
     part = slice(image, image + 1)
     output = Output(seen.output.logits[part], seen.output.features[part], (), seen.output.image[part])
     return Seen(output, seen.view.part(part))
+
+
+def test_nothing_is_read_back_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors on this device have no values to read."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it does not know this device
+    with torch.device("meta"):
+        seen, objective = see_all(), build()
+    objective.update(SimpleNamespace(notes={}), seen)  # type: ignore[arg-type]
+    value = objective(*seen)
+    assert value.device.type == "meta"
+    value.backward()
+    assert seen[0].output.features.grad is not None

@@ -51,6 +51,8 @@ READS_OUTPUT = {
     "semantic_negatives": ({"features"}, {"features"}),
     "zero_style": ({"logits"}, {"logits", "detail logits"}),
     "memory_contrast": ({"features"}, {"features"}),
+    "clustering": ({"features", "logits"}, {"features", "logits"}),
+    "node_contrast": ({"features"}, {"features"}),
     "distilled": ({"logits"}, {"logits", "detail logits"}),
     "relation_distillation": ({"features"}, {"features"}),
     "prototype_contrast": (MAPS, MAPS),

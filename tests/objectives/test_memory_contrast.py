@@ -1,6 +1,7 @@
 """What is remembered, what is mixed, and what is measured on both."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -350,3 +351,16 @@ def filled_copy(objective: MemoryContrast) -> MemoryContrast:
     copy = build()
     copy.load_state_dict(objective.state_dict())
     return copy
+
+
+def test_nothing_is_read_back_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors on this device have no values to read."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it does not know this device
+    with torch.device("meta"):
+        (output, view), objective = see(), build()
+    seen = Seen(output, replace(view, seed=torch.tensor([1, 2])))
+    objective.update(SCENE, [seen])
+    value = objective(seen)
+    assert value.device.type == "meta"
+    value.backward()
+    assert output.features.grad is not None

@@ -1,6 +1,8 @@
 """Two masked views of the same pixels: what is compared, and what is left out."""
 
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -133,3 +135,15 @@ def see_part(seen: Seen, image: int) -> Seen:
     part = slice(image, image + 1)
     output = Output(seen.output.logits[part], seen.output.features[part], (), seen.output.image[part])
     return Seen(output, seen.view.part(part))
+
+
+def test_nothing_is_read_back_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors on this device have no values to read."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it does not know this device
+    with torch.device("meta"):
+        seen, objective = see_both(), build()
+    seen = [Seen(output, replace(view, seed=torch.tensor([1, 2]))) for output, view in seen]
+    value = objective(*seen)
+    assert value.device.type == "meta"
+    value.backward()
+    assert seen[0].output.features.grad is not None

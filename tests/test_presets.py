@@ -13,7 +13,7 @@ METHODS = [
     "source-only", "dacs", "daformer", "daformer-cluda", "daformer-mic", "hrda", "hrda-cluda", "mic", "mic-cluda",
     "dlv2", "dlv2-cluda", "swin-cluda", "dinov2-cluda", "dinov2-small", "daformer-zero-style", "daformer-mochi",
     "distill", "pretrain-global", "pretrain-local", "daformer-semantic-negatives", "sepico", "spcl", "daformer-lal",
-    "ael", "feature-regression",
+    "ael", "feature-regression", "daformer-cdac",
 ]  # fmt: skip
 OVERLAYS = ["small", "demo", "synthia", "acdc", "dark-zurich", "tail-mixing", "crops-640", "adaptive-masks", "balanced"]
 
@@ -73,6 +73,7 @@ def test_an_overlay_switches_nothing_on(method, overlay):
         ("dinov2-small", "masked mixed pixel_contrast"),
         ("daformer-zero-style", "feature_distance mixed zero_style"),
         ("daformer-mochi", "feature_distance memory_contrast mixed"),
+        ("daformer-cdac", "clustering feature_distance mixed"),
         ("distill", "distilled relation_distillation"),
         ("daformer-semantic-negatives", "feature_distance mixed semantic_negatives"),
         ("pretrain-global", "global_contrast"),

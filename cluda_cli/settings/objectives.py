@@ -246,7 +246,7 @@ class PrototypeContrast(Objective):
     running: Literal["count", "average"] = "count"
     """Mean and variance of all pixels since `start`, or moving averages over batches; a bank needs neither."""
     momentum: float = Field(0.999, ge=0, lt=1)
-    """Share that a moving average keeps in each batch with the class; it rises to it as 1 - 1/(batches + 1)."""
+    """Share that a moving average keeps in each batch with the class; the first such batch is taken whole."""
     features: Literal["projection", "fused"] = "projection"
     """The feature of a pixel: that of a head on all maps of the encoder, or the one that the classifier reads."""
     projection_channels: int = Field(512, ge=1)

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluda_cli.data.labels import IGNORE
 from cluda_cli.distributed import collectives
+from cluda_cli.objectives.prototypes.statistics import mean_of_first
 
 
 def is_counted(label: Tensor, met: Tensor) -> Tensor:
     """Which pixels have a label that there are statistics of.  # N, bool"""
-    return (label != IGNORE) & met[_index(label, met)]
+    return (label < len(met)) & met[_index(label, met)]
 
 
 def mean_losses(features: Tensor, label: Tensor, mean: Tensor, met: Tensor, temperature: float) -> Tensor:
@@ -46,7 +46,7 @@ def bank_losses(features: Tensor, label: Tensor, means: Tensor, length: Tensor, 
     is the mean of the means of class k and t the temperature (BankCL of SePiCo).
     """
     met = length > 0
-    similarity = features @ (means.sum(dim=1) / length.clamp_min(1)[:, None]).T / temperature  # N K
+    similarity = features @ mean_of_first(means, length).T / temperature  # N K
     own = label[:, None] == torch.arange(len(met), device=label.device)
     rivals = _mask(similarity, own | ~met).logsumexp(dim=1)  # N
     losses = 0 * similarity.sum(dim=1)  # connected, whatever there is
@@ -89,5 +89,5 @@ def _mask(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def _index(label: Tensor, met: Tensor) -> Tensor:
-    """Train ids, some valid one for ignored pixels."""
+    """Train ids, some valid one for pixels that have none."""
     return label.clamp(max=len(met) - 1)

@@ -31,13 +31,30 @@ def batch_statistics(features: Tensor, label: Tensor, num_classes: int) -> Batch
     return BatchStatistics(count[:, 0].long(), mean, squares / count.clamp_min(1))
 
 
+def merge(mean: Tensor, variance: Tensor, batch: BatchStatistics, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance, K D each, of classes after a batch with its share w, K, of them in 0..1.
+
+    With mean m and variance s of the batch, each class's mean M and variance S are
+
+        M <- (1 - w) M + w m,  S <- (1 - w) S + w s + w (1 - w) (M - m)^2.
+    """
+    share = share[:, None]
+    spread = share * (1 - share) * (mean - batch.mean).square()
+    return mean.lerp(batch.mean, share), variance.lerp(batch.variance, share) + spread
+
+
+def mean_of_first(means: Tensor, length: Tensor) -> Tensor:
+    """The mean of the first `length` K of the vectors of each class, K L D; 0 without any.  # K D"""
+    exists = torch.arange(means.shape[1], device=means.device) < length[:, None]  # K L
+    return means.where(exists[:, :, None], 0).sum(dim=1) / length.clamp_min(1)[:, None]
+
+
 class Running(nn.Module):
     """Mean and variance of each class over all batches so far.
 
     Without `momentum` they are those of all pixels, as if they had come at once (SePiCo, arXiv 2204.08808). With it,
-    batches count instead of pixels: a moving average that keeps min(1 - 1/(batches + 1), momentum) of what it was, the
-    plain mean over the batches at first (SPCL, arXiv 2111.12358, starts from the mean over images). A batch without a
-    class leaves the class alone.
+    each batch counts as much: a moving average that keeps `momentum` of what it was (SPCL, arXiv 2111.12358). The first
+    batch with a class is what its average starts from. A batch without a class leaves the class alone.
     """
 
     count: Tensor
@@ -57,18 +74,16 @@ class Running(nn.Module):
         return self.count > 0
 
     def update(self, batch: BatchStatistics) -> None:
-        """Take in a batch. With its share w of the class, mean m and variance s, each class's mean M and variance S are
-
-        S <- (1 - w) S + w s + w (1 - w) (M - m)^2,  M <- (1 - w) M + w m.
-        """
+        """Take in a batch."""
+        met = self.met
         count = batch.count if self.momentum is None else (batch.count > 0).long()
         self.count += count
-        share = (count / self.count.clamp_min(1).to(self.mean.dtype))[:, None]  # K 1
+        share = count / self.count.clamp_min(1).to(self.mean.dtype)  # K
         if self.momentum is not None:
-            share = share.clamp_min(1 - self.momentum) * count[:, None]
-        spread = share * (1 - share) * (self.mean - batch.mean).square()
-        self.variance.lerp_(batch.variance, share).add_(spread)
-        self.mean.lerp_(batch.mean, share)
+            share = count.to(self.mean.dtype) * torch.ones_like(share).masked_fill(met, 1 - self.momentum)
+        mean, variance = merge(self.mean, self.variance, batch, share)
+        self.mean.copy_(mean)
+        self.variance.copy_(variance)
 
 
 class Bank(nn.Module):
@@ -98,7 +113,7 @@ class Bank(nn.Module):
     @property
     def mean(self) -> Tensor:
         """The mean of the means of each class, 0 without any.  # K D"""
-        return self.means.sum(dim=1) / self.length.clamp_min(1)[:, None]
+        return mean_of_first(self.means, self.length)
 
     def update(self, batch: BatchStatistics) -> None:
         """Take in the means of a batch."""

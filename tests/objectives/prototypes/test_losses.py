@@ -249,3 +249,19 @@ def test_means_over_two_ranks_are_those_of_the_joint_batch(monkeypatch: pytest.M
     monkeypatch.setattr(collectives, "all_reduce_sum", lambda _: weight.sum())
     halves = [weighted_mean(values[part], weight[part]) for part in (slice(0, 2), slice(2, 4))]
     assert sum(halves) / 2 == pytest.approx(float(expected))
+
+
+def test_bank_losses_do_not_read_rows_beyond_the_length() -> None:
+    features, label = F.normalize(torch.tensor([[1.0, 0.5], [0.2, 1.0]]), dim=1), torch.tensor([0, 1])
+    means, length = torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[0.0, 1.0], [0.5, 0.5]]]), torch.tensor([1, 2])
+    expected = bank_losses(features, label, means, length, 1.0)
+    means[0, 1] = 7
+    assert torch.equal(bank_losses(features, label, means, length, 1.0), expected)
+
+
+def test_train_ids_beyond_the_classes_do_not_count() -> None:
+    met = torch.ones(3, dtype=torch.bool)
+    label = torch.tensor([0, 2, 3, 254, 255])
+    assert is_counted(label, met).tolist() == [True, True, False, False, False]
+    losses = mean_losses(torch.eye(5, 4), label, torch.eye(3, 4), met, 1.0)
+    assert (losses > 0).tolist() == [True, True, False, False, False]

@@ -73,19 +73,17 @@ def test_moving_averages_as_the_reference(dtype: torch.dtype, golden: Any) -> No
 
 @pytest.mark.reference
 @both
-def test_an_average_begins_as_the_mean_over_images_that_the_reference_starts_from(
-    dtype: torch.dtype, golden: Any
-) -> None:
+def test_a_bank_has_the_mean_over_images_of_the_reference(dtype: torch.dtype, golden: Any) -> None:
     tensors, description = golden("20_proto/p16_spcl_initial_prototypes")
-    running = Running(19, 16, momentum=0.999).to(dtype)
+    bank = Bank(19, 16, 4).to(dtype)
     for i in range(4):
         label = tensors[f"in.image{i}.labels"][:, ::4, ::4].long()
         label = leave_out_wrong(label, tensors[f"in.image{i}.logits"])
         features = unit_rows(tensors[f"in.image{i}.feats"].to(dtype))
-        running.update(batch_statistics(features, label.flatten(), 19))
+        bank.update(batch_statistics(features, label.flatten(), 19))
     bounds = description["tolerance_demanded"]["bounds"]
-    assert_within(bounds["prototypes"], running.mean, tensors["out64.prototypes"])
-    assert torch.equal(running.count, tensors["out.images_per_class"])
+    assert_within(bounds["prototypes"], bank.mean, tensors["out64.prototypes"])
+    assert torch.equal(bank.count, tensors["out.images_per_class"])
 
 
 def test_streaming_equals_pooling_after_a_thousand_updates_on_two_devices(
@@ -128,11 +126,11 @@ def test_a_batch_without_a_class_leaves_it_alone(momentum: float | None) -> None
         assert not torch.equal(buffer[0], before[name][0])
 
 
-def test_a_moving_average_is_a_mean_at_first_and_keeps_the_momentum_later() -> None:
+def test_a_moving_average_begins_with_its_first_batch_and_keeps_the_momentum_later() -> None:
     running, expected = Running(2, 1, momentum=0.75), 0.0
     for batches, mean in enumerate((4.0, 8.0, 0.0, 2.0, 6.0)):
         running.update(statistics(100 * (batches + 1), mean, 0.0))  # pixels do not count
-        keep = min(1 - 1 / (batches + 1), 0.75)
+        keep = 0.75 if batches else 0
         expected = keep * expected + (1 - keep) * mean
         assert running.mean[0, 0] == pytest.approx(expected)
     assert running.met.tolist() == [True, False]
@@ -155,3 +153,29 @@ def test_a_bank_holds_the_latest_means_and_averages_what_it_holds() -> None:
     assert bank.length.tolist() == [3, 0]
     assert bank.met.tolist() == [True, False]
     assert not bank.means[1].any()
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.999])
+def test_a_mean_that_was_given_moves_by_one_less_the_momentum(momentum: float) -> None:
+    running = Running(2, 1, momentum)
+    running.mean.fill_(2)
+    running.count += 1
+    running.update(statistics(5, mean=4, variance=0))
+    assert running.mean[0].item() == pytest.approx(2 * momentum + 4 * (1 - momentum), rel=1e-6)
+    assert running.mean[1].item() == 2
+
+
+def test_the_first_batch_sets_the_mean_and_the_second_moves_it() -> None:
+    running = Running(2, 1, 0.999)
+    running.update(statistics(5, mean=2, variance=0))
+    assert running.mean[0].item() == 2
+    running.update(statistics(5, mean=4, variance=0))
+    assert running.mean[0].item() == pytest.approx(2.002, rel=1e-6)
+
+
+def test_rows_beyond_the_length_of_a_bank_are_not_read() -> None:
+    bank = Bank(2, 1, 3)
+    bank.update(statistics(5, mean=2, variance=0))
+    bank.means[:, 1:] = torch.nan
+    bank.means[1] = torch.nan
+    assert bank.mean.tolist() == [[2], [0]]

@@ -6,6 +6,7 @@ import tomllib
 import pytest
 
 from cluda_cli import presets
+from cluda_cli.data.transforms import fit_box
 from cluda_cli.errors import SettingsError
 from cluda_cli.settings import Settings
 
@@ -78,7 +79,7 @@ def test_an_overlay_switches_nothing_on(method, overlay):
         ("daformer-semantic-negatives", "feature_distance mixed semantic_negatives"),
         ("pretrain-global", "global_contrast"),
         ("pretrain-local", "local_contrast"),
-        ("sepico", "feature_distance mixed prototype_contrast"),
+        ("sepico", "mixed prototype_contrast"),
         ("spcl", "deeplab mixed prototype_contrast"),
         ("daformer-lal", "feature_distance locally_adaptive"),
         ("feature-regression", "feature_distance"),
@@ -229,3 +230,13 @@ def test_a_folder_without_a_run_names_the_runs_beside_it(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SettingsError, match="holds no run to resume"):
         presets.resume(tmp_path / "empty", {}, [])
+
+
+def test_crops_of_640_fit_into_target_images() -> None:
+    data = presets.load(["sepico", "crops-640"]).data
+    box = data.target_box
+    assert isinstance(box, tuple)
+    height, width = fit_box((1024, 2048), box)  # Cityscapes
+    assert (height, width) == (640, 1280)
+    assert height >= data.crop[0]
+    assert width >= data.crop[1]

@@ -16,8 +16,9 @@ FIRST, SECOND = "first jittered", "second jittered"
 class MakeJittered:
     """Target images with a brightness and a contrast drawn for each image (Chaitanya et al., arXiv 2006.10511).
 
-    To RGB in 0..1 a number of -brightness..brightness is added, then it is multiplied by one of
-    1 - contrast..1 + contrast, and what leaves 0..1 is cut off. No teacher is asked.
+    To RGB in 0..1 a number of -brightness..brightness is added. Then the distance to the mean of the channel over the
+    image without padding is multiplied by one of 1 - contrast..1 + contrast. What leaves 0..1 is cut off after each.
+    No teacher is asked.
     """
 
     name: str
@@ -30,6 +31,7 @@ class MakeJittered:
         drawn = drawn.to(shown.image.device, non_blocking=True)[..., None, None, None]  # B 2 1 1 1
         image = normalisation.invert(shown.image)  # B 3 H W
         image = (image + self.brightness * drawn[:, 0]).clamp(0, 1)
-        image = (image * (1 + self.contrast * drawn[:, 1])).clamp(0, 1)
-        inside = scene.batch["target"].inside[:, None]
+        inside = scene.batch["target"].inside[:, None]  # B 1 H W
+        mean = (image * inside).sum((2, 3), keepdim=True) / inside.sum((2, 3), keepdim=True).clamp_min(1)  # B 3 1 1
+        image = (mean + (image - mean) * (1 + self.contrast * drawn[:, 1])).clamp(0, 1)
         return scene.view(self.name, replace(shown, image=normalisation.apply(255 * image) * inside))

@@ -47,7 +47,8 @@ def hiding_probability(importance: Tensor, ratio: float, cap: float) -> Tensor:
     gap = importance.clamp_min(LEAST).log()
     gap = gap.amax(dim=-1, keepdim=True) - gap
     mean = gap.mean(dim=-1, keepdim=True)
-    weight = torch.where(mean > 1e-6, gap / mean.clamp_min(1e-6), 1)  # differences by rounding are none
+    least = 8 * torch.finfo(gap.dtype).eps  # differences by rounding are none
+    weight = torch.where(mean > least, gap / mean.clamp_min(least), 1)
     return (ratio * weight).clamp(max=cap)
 
 

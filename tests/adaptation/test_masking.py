@@ -143,6 +143,8 @@ def test_the_most_important_block_stays_and_the_mean_is_the_ratio_below_the_cap(
     assert hiding_probability(torch.zeros(1, 5), 0.95, 0.9).tolist() == [pytest.approx([0.9] * 5)]
     nearly = torch.full((1, 9), 0.1) + 1e-9 * torch.arange(9)
     torch.testing.assert_close(hiding_probability(nearly, 0.3, 0.7), torch.full((1, 9), 0.3))
+    finely = 1 + 1e-9 * torch.arange(5, dtype=torch.float64)[None]  # in float64 these differ by more than rounding
+    assert hiding_probability(finely, 0.3, 0.7)[0].tolist() == pytest.approx([0.6, 0.45, 0.3, 0.15, 0], abs=1e-5)
 
 
 def test_blocks_are_hidden_as_often_as_their_probability_says() -> None:

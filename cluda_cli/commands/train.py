@@ -14,6 +14,8 @@ from typing import Any
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cluda_cli import console
+from cluda_cli.adaptation.views import WITHOUT_TEACHER
+from cluda_cli.commands.no_effect import find_no_effect
 from cluda_cli.data.batch import Batch, to_device
 from cluda_cli.data.datasets import Datasets, open_datasets
 from cluda_cli.data.index import Index
@@ -30,7 +32,7 @@ from cluda_cli.inference.device import pick_device
 from cluda_cli.inference.metrics import Scores
 from cluda_cli.inference.scoring import compare_classes, score
 from cluda_cli.models.multires import MultiResolution
-from cluda_cli.settings import Decoder, Masking, Settings, SupervisedCrossEntropy
+from cluda_cli.settings import Settings
 
 SMOOTHING = 0.1
 """Share of a step's loss in the loss that is shown, which is the mean of about the last ten steps."""
@@ -242,14 +244,15 @@ def _announce(run: Run, folder: Path, datasets: Datasets) -> None:
     console.info(run.weights.summary() if run.weights else "encoder starts from random weights")
     if run.start:
         console.info(run.start)
-    if teacher := run.teacher.frozen:
+    if (teacher := run.teacher.frozen) and run.views_read - WITHOUT_TEACHER:
         console.info(f"labels come from {settings.model.teacher}, which sees crops {teacher.scale:.2f} times as large")
     if settings.model.freeze:
         console.info(f"does not learn: {', '.join(settings.model.freeze)}")
     if isinstance(run.student, MultiResolution):
         high, wide = run.student.detail_crop
         console.info(f"context at 1/{run.student.downscale} of the resolution, detail crops of {high} x {wide}")
-    _warn_of_no_effect(settings)
+    for line in find_no_effect(run):
+        console.warn(line)
     console.info(f"objectives: {', '.join(run.objectives)}; run folder {folder}")
     if run.step:
         console.info(f"resuming after step {run.step} of {training.steps}")
@@ -275,33 +278,6 @@ def _normalises_batches(run: Run) -> bool:
     """Whether the student or an objective has batch norms that are not frozen."""
     modules = [*run.student.modules(), *run.objectives.modules()]
     return any(isinstance(module, _BatchNorm) and module.training for module in modules)
-
-
-def _warn_of_no_effect(settings: Settings) -> None:
-    """Settings that were changed but are not read."""
-    training, uncertain_from = settings.training, settings.mixing.uncertain_detail_from
-    if uncertain_from is not None and not settings.model.multires:
-        console.warn("mixing.uncertain_detail_from has no effect without model.multires")
-    if uncertain_from is not None and settings.model.multires and uncertain_from >= training.steps:
-        console.warn(f"the run ends before step {uncertain_from} (mixing.uncertain_detail_from)")
-    if not settings.data.source and settings.objectives.source not in (None, SupervisedCrossEntropy()):
-        console.warn("the settings of objectives.source have no effect without data.source")
-    if settings.data.labelled is None and settings.objectives.labelled not in (None, SupervisedCrossEntropy()):
-        console.warn("the settings of objectives.labelled have no effect without data.labelled")
-    for name, objective in settings.objectives:
-        if objective and objective.start >= training.steps:
-            console.warn(f"the run ends before step {objective.start} (objectives.{name}.start)")
-    if settings.masking != Masking() and not (settings.objectives.masked or settings.objectives.node_contrast):
-        console.warn("the settings of masking have no effect without objectives.masked")
-    if settings.mixing.tail and not settings.objectives.mixed:
-        console.warn("mixing.tail has no effect without objectives.mixed")
-    head = "model.deeplab" if settings.model.deeplab else "model.pyramid" if settings.model.pyramid else ""
-    if head and settings.model.decoder != Decoder():
-        console.warn(f"the settings of model.decoder have no effect with {head}")
-    if settings.model.deeplab and settings.model.pyramid:
-        console.warn("model.pyramid has no effect with model.deeplab")
-    if training.micro_batch and training.micro_batch >= settings.data.batch_size:
-        console.warn("training.micro_batch has no effect: a batch is no larger")
 
 
 def _conclude(run: Run, files: RunFolder, target: Index) -> None:

@@ -121,7 +121,7 @@ class Run:
         return network
 
     def _try_crop(self) -> None:
-        """Raises SettingsError now if the network cannot train on the crop, rather than in the first step."""
+        """Raises SettingsError now if network or objectives cannot train on the crop, not in the first step."""
         data, micro_batch = self.settings.data, self.settings.training.micro_batch
         local = len(collectives.local_positions(data.batch_size))  # images of this rank
         count = local % micro_batch or micro_batch if micro_batch else local  # the smallest part
@@ -130,7 +130,7 @@ class Run:
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 boxes = self.student.draw_boxes(len(image), data.crop, torch.Generator())
-                self.student(image, boxes and boxes.to(self.device))
+                output = self.student(image, boxes and boxes.to(self.device))
             for buffer, value in before:
                 buffer.copy_(value)
         except (RuntimeError, AssertionError, ValueError) as error:
@@ -139,6 +139,15 @@ class Run:
             what = f"{self.settings.model.encoder} cannot train on {len(image)} such crops ({first_line(error)})"
             remedy = f"take a larger multiple of {self.student.pad_multiple}, or more images at once"
             raise SettingsError(what, "data.crop", remedy) from error
+        for objective in self.objectives.values():
+            objective.check(output)
+
+    @property
+    def views_read(self) -> set[str]:
+        """The names of the views that objectives learn from at some step of the run."""
+        steps = self.settings.training.steps
+        active = [o for o in self.objectives.values() if o.settings.weight > 0 and o.settings.start < steps]
+        return {view for objective in active for group in objective.reads for view in group}
 
     @property
     def paired(self) -> bool:
@@ -151,10 +160,7 @@ class Run:
 
         Nothing moves the batch-norm statistics of an average that labels nothing.
         """
-        steps = self.settings.training.steps
-        active = [o for o in self.objectives.values() if o.settings.weight > 0 and o.settings.start < steps]
-        views = {view for objective in active for group in objective.reads for view in group}
-        labels = views - WITHOUT_TEACHER and self.teacher.frozen is None
+        labels = self.views_read - WITHOUT_TEACHER and self.teacher.frozen is None
         return {"student": self.student} | ({"teacher": self.teacher.network} if labels else {})
 
     @property

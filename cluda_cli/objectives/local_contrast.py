@@ -16,6 +16,7 @@ from cluda_cli.adaptation.jittered import FIRST, SECOND, MakeJittered
 from cluda_cli.adaptation.views import Maker, Seen
 from cluda_cli.distributed import collectives
 from cluda_cli.errors import SettingsError
+from cluda_cli.models.segmenter import Output
 from cluda_cli.objectives.global_contrast import is_labelled
 from cluda_cli.objectives.objective import Objective
 
@@ -45,12 +46,18 @@ class LocalContrast(Objective):
         chosen = (self.settings.brightness, self.settings.contrast)
         return {name: MakeJittered(name, *chosen) for name in (FIRST, SECOND)}
 
+    def check(self, output: Output) -> None:
+        """A region fits into the map, and the longer side has place for another one two sides away."""
+        (high, wide), region = output.features.shape[2:], self.settings.region
+        if region > min(high, wide) or 3 * region > max(high, wide):
+            what = (
+                f"the fused feature, {high} x {wide} cells, has no two regions of {region} x {region} far enough apart"
+            )
+            raise SettingsError(what, "objectives.local_contrast.region", "lower it, or enlarge data.crop")
+
     def forward(self, first: Seen, second: Seen) -> Tensor:
         maps = [seen.output.features for seen in (first, second)]
         size, region = (maps[0].shape[2], maps[0].shape[3]), self.settings.region
-        if region > min(size):
-            what = f"a region of {region} x {region} cells does not fit into the fused feature, {size[0]} x {size[1]}"
-            raise SettingsError(what, "objectives.local_contrast.region", "lower it, or enlarge data.crop")
         with torch.autocast(maps[0].device.type, enabled=False):
             unlabelled = ~(is_labelled(first.view) & is_labelled(second.view))  # B H W
             free = F.adaptive_max_pool2d(unlabelled[:, None].float(), size)[:, 0] == 0  # B h w

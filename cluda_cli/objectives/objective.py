@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cluda_cli import settings
 from cluda_cli.adaptation.views import Maker, Scene, Seen, View
+from cluda_cli.models.segmenter import Output
 
 
 class Objective(nn.Module):
@@ -27,6 +28,9 @@ class Objective(nn.Module):
     def makers(self) -> Mapping[str, Maker]:
         """Makers of views that only this method has, by the name of the view."""
         return {}
+
+    def check(self, output: Output) -> None:
+        """Raises SettingsError if this output of the student, for a training crop, is too small to measure anything."""
 
     def edit(self, view: View, scene: Scene) -> View:
         """Change a view of any maker before the student sees it, its pixel weights for instance."""

@@ -102,7 +102,7 @@ class AnchorContrast(Objective):
     anchors: int = Field(50, ge=2)
     """Anchors of one class in one image, at most; half of them misclassified, where there are so many."""
     max_anchors: int = Field(2048, ge=2)
-    """Anchors of a batch, source and mixed images together, at most; all classes of all images lose alike."""
+    """Anchors of a micro-batch, source and mixed images together, at most; all classes of all images lose alike."""
     min_probability: float = Field(0.968, ge=0, le=1)
     """A pixel with a pseudo-label can be an anchor if the teacher gives the label at least this probability."""
 
@@ -130,7 +130,7 @@ class MemoryContrast(Objective):
     projection_channels: int = Field(128, ge=1)
     """Channels of the projection head, hidden and final, and of the memory."""
     anchors: int = Field(1024, ge=1)
-    """Pixels of a batch that are compared with the memory, at most; all classes of all images lose alike."""
+    """Pixels of a micro-batch that are compared with the memory, at most; all classes of all images lose alike."""
     memory: int = Field(1024, ge=1)
     """Pixels of a class that are remembered; the oldest is forgotten first."""
     pushed: int = Field(16, ge=1)
@@ -150,7 +150,7 @@ class RelationDistillation(Objective):
     """What is learnt: how similar a pixel is to every other one (soft), which ones are nearest to it (neighbours), or
     which ones are nearest to the same prototype (prototypes)."""
     samples: int = Field(1024, ge=4)
-    """Pixels of a batch that are compared, in equal parts of all images."""
+    """Pixels of a micro-batch that are compared, in equal parts of all images."""
     student_temperature: float = Field(0.1, ge=0.02)
     """Divisor of the student's cosine similarities."""
     teacher_temperature: float = Field(0.1, ge=0.02)
@@ -192,7 +192,7 @@ class JitteredContrast(Objective):
     brightness: float = Field(0.3, ge=0, le=1)
     """Range of what is added to RGB in 0..1, in either direction."""
     contrast: float = Field(0.3, ge=0, lt=1)
-    """Range around 1 of the factor of RGB."""
+    """Range around 1 of the factor of the distance of RGB to its mean over the image."""
 
 
 class GlobalContrast(JitteredContrast):
@@ -206,7 +206,7 @@ class LocalContrast(JitteredContrast):
     """Contrast of small regions in two jittered views, without labels (Chaitanya et al., arXiv 2006.10511)."""
 
     region: int = Field(3, ge=1)
-    """Side of a region, cells of the fused feature."""
+    """Side of a region, cells of the fused feature, whose longer side needs at least three times as many."""
     regions: int = Field(64, ge=4, le=1024)
     """Regions of an image, on a square grid: as many as the largest square number up to this, fewer in small maps."""
     negatives: int = Field(10, ge=2, multiple_of=2)
@@ -273,7 +273,7 @@ class NodeContrast(Objective):
     temperature: float = Field(0.4, ge=0.02)
     """Divisor of the cosine similarity."""
     nodes: int = Field(1024, ge=2)
-    """Pixels of a batch that are compared, at most; all classes of all images lose alike."""
+    """Pixels of a micro-batch that are compared, at most; all classes of all images lose alike."""
     projection_channels: int = Field(128, ge=1)
     """Channels of the projection head, hidden and final."""
 

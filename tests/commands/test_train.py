@@ -391,14 +391,6 @@ def test_notes_are_logged_beside_the_terms_if_there_are_any():
     assert lines == [line | {"notes": {"clustering/pairs alike": 0.25}}, line]
 
 
-def test_an_objective_that_the_run_never_reaches_is_announced(tiny_settings, capsys):
-    late = {"objectives": {"memory_contrast": {}, "mixed": {"start": 5}}}
-    verb._warn_of_no_effect(presets.validate(presets.merge(tiny_settings.model_dump(mode="json"), late)))
-    said = capsys.readouterr().err
-    assert "the run ends before step 3000 (objectives.memory_contrast.start)" in said
-    assert "mixed" not in said
-
-
 @pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}], ids=str)
 def test_a_run_that_another_process_writes_is_not_touched(tiny_settings, tmp_path, monkeypatch, options):
     """A second start, --resume or --overwrite while the first run is in its loop."""

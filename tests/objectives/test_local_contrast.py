@@ -142,11 +142,26 @@ def test_regions_with_an_unlabelled_pixel_in_either_view_have_no_part() -> None:
     assert method(see(FIRST, changed[0], label[0]), see(SECOND, changed[1], label[1])) != value
 
 
-def test_a_region_larger_than_the_map_is_refused() -> None:
-    method = LocalContrast(settings.LocalContrast(region=5), 4)
-    features, label = torch.randn(1, 4, 4, 16), torch.zeros(1, 16, 64, dtype=torch.int64)
-    with pytest.raises(SettingsError, match=r"local_contrast\.region: a region of 5 x 5 cells does not fit .* 4 x 16"):
-        method(see(FIRST, features, label), see(SECOND, features, label))
+@pytest.mark.parametrize(("size", "region"), [((4, 16), 5), ((8, 8), 3), ((3, 8), 3)])
+def test_a_map_without_place_for_a_region_and_a_negative_is_refused(size: tuple[int, int], region: int) -> None:
+    method = LocalContrast(settings.LocalContrast(region=region), 4)
+    features = torch.randn(1, 4, *size)
+    with pytest.raises(SettingsError, match=r"local_contrast\.region: the fused feature, \d x \d+ cells, has no two"):
+        method.check(Output(features, features, (), features))
+
+
+def test_a_side_of_three_regions_has_negatives() -> None:
+    torch.manual_seed(0)
+    method = LocalContrast(settings.LocalContrast(region=2, projection_channels=6), 4)
+    features, label = torch.randn(2, 4, 2, 6), torch.zeros(2, 8, 24, dtype=torch.int64)
+    seen = see(FIRST, features, label)
+    method.check(seen.output)
+    assert method(seen, see(SECOND, features, label)) > 0
+
+
+def test_a_crop_without_negatives_is_refused_before_the_run(start: Any) -> None:
+    with pytest.raises(SettingsError, match="far enough apart"):
+        start(ON | {"objectives": ON["objectives"] | {"local_contrast": {"region": 8}}})
 
 
 def test_a_frozen_encoder_stays_while_the_decoder_learns_without_a_teacher(start: Any, monkeypatch: Any) -> None:

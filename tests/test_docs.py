@@ -19,6 +19,7 @@ from cluda_cli.cli import app
 from cluda_cli.data.labels import CITYSCAPES
 from cluda_cli.demo.dataset import make_demo
 from cluda_cli.preparation.published import PUBLISHED
+from cluda_cli.settings import Objectives
 
 REPOSITORY = Path(__file__).parent.parent
 DOCS = REPOSITORY / "docs"
@@ -188,6 +189,15 @@ def test_the_table_of_methods_is_true():
         parts = [s.data.rare_class, s.objectives.mixed, s.objectives.masked, s.objectives.feature_distance]
         parts += [s.objectives.pixel_contrast, s.model.multires]
         assert cells == [s.model.encoder, str(s.data.crop[0]), *("on" if part else "-" for part in parts)], name
+
+
+def test_every_objective_is_in_the_table_of_methods():
+    page = (DOCS / "reference" / "methods.md").read_text(encoding="utf-8")
+    assert all(f"`objectives.{name}`" in page for name in Objectives.model_fields)
+    named = {
+        name for cells in table("reference/methods.md", "| method |") for name in re.findall(r"[a-z0-9-]+", cells[2])
+    }
+    assert named - {"-"} <= set(presets.names())
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ from typing import Any
 from cluda_cli import presets
 from cluda_cli.errors import SettingsError
 
+NO_CHANGE = ("data.root", "training.device")
+"""Settings that change where a run works and not what comes of it."""
 LONGEST_NAME = 150
 """Bytes of the name of a default run folder, before the hash that marks a shortened one."""
 
@@ -15,7 +17,7 @@ LONGEST_NAME = 150
 def name_folder(preset: list[str], options: dict[str, Any], overrides: list[str]) -> Path:
     """runs/<presets>-<changes>, such as runs/dacs-small-seed=1. Data root and device are no changes of the result."""
     changes = _flatten_changes(options, overrides)
-    for key in ("data.root", "training.device"):
+    for key in NO_CHANGE:
         changes.pop(key, None)
     files = map(Path, preset)  # the settings of a run are named by their folder
     parts = [file.parent.name if file.name == "settings.json" else file.stem for file in files] or ["defaults"]

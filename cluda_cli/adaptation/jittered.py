@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from cluda_cli.adaptation.style import moments
 from cluda_cli.adaptation.views import Scene, View
 
 FIRST, SECOND = "first jittered", "second jittered"
@@ -31,7 +32,7 @@ class MakeJittered:
         drawn = drawn.to(shown.image.device, non_blocking=True)[..., None, None, None]  # B 2 1 1 1
         image = normalisation.invert(shown.image)  # B 3 H W
         image = (image + self.brightness * drawn[:, 0]).clamp(0, 1)
-        inside = scene.batch["target"].inside[:, None]  # B 1 H W
-        mean = (image * inside).sum((2, 3), keepdim=True) / inside.sum((2, 3), keepdim=True).clamp_min(1)  # B 3 1 1
+        inside = scene.batch["target"].inside  # B H W
+        mean, _ = moments(image, inside)  # B 3 1 1
         image = (mean + (image - mean) * (1 + self.contrast * drawn[:, 1])).clamp(0, 1)
-        return scene.view(self.name, replace(shown, image=normalisation.apply(255 * image) * inside))
+        return scene.view(self.name, replace(shown, image=normalisation.apply(255 * image) * inside[:, None]))

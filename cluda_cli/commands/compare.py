@@ -64,14 +64,18 @@ def _print_means(groups: Sequence[Group], base: Group) -> None:
     for i, group in enumerate(groups, 1):
         seeds = ", ".join(str(run.seed) for run in group.runs)
         console.result(f"{i}  {group.name}: seed {seeds}; saves the {saved_networks(group)}")
-        cells = [format_spread(group.last(name)) for name in NETWORKS] + [format_spread(group.best())]
-        gain = group.gain(base)
-        own = ["baseline", ""] if group is base else [format_gain(gain), format_p(gain.p_value)]
-        rows.append([str(i), *cells, *own])
+        rows.append([str(i), *format_means(group, base)])
     columns = ["", "student", "teacher", "best", "gain", "p"]
     console.result_table("mIoU of the last validation, mean ± standard deviation over seeds", columns, rows)
     console.result("best: the best validation of the saved network, chosen with labels")
     console.result("gain: of the saved network, paired by seed, ± its standard error; p: two-sided paired t-test")
+
+
+def format_means(group: Group, base: Group) -> list[str]:
+    """mIoU of student, teacher and the best validation, the gain over `base`, and its p value."""
+    cells = [format_spread(group.last(name)) for name in NETWORKS] + [format_spread(group.best())]
+    gain = group.gain(base)
+    return cells + (["baseline", ""] if group is base else [_format_gain(gain), _format_p(gain.p_value)])
 
 
 def saved_networks(group: Group) -> str:
@@ -105,14 +109,14 @@ def format_spread(spread: Spread) -> str:
     return f"{spread.mean:.2f}" + (f" ± {spread.deviation:.2f}" if len(spread.values) > 1 else "")
 
 
-def format_gain(gain: Spread) -> str:
+def _format_gain(gain: Spread) -> str:
     """Mean with its sign, and standard error; - without values."""
     if not gain.values or math.isnan(gain.mean):
         return "-"
     return f"{gain.mean:+.2f}" + (f" ± {gain.error:.2f}" if len(gain.values) > 1 else "")
 
 
-def format_p(value: float) -> str:
+def _format_p(value: float) -> str:
     """A probability; - if it does not exist."""
     return "-" if math.isnan(value) else f"{value:.3f}"
 

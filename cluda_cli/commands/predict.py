@@ -23,7 +23,7 @@ from cluda_cli.files import locked, make_unique
 from cluda_cli.inference.device import pick_device
 from cluda_cli.inference.prefetch import HostCopy, prefetch, write_png
 from cluda_cli.inference.sliding import ResizedImage, fit_image, quantise, segment
-from cluda_cli.inference.weights_file import TrainedNetwork, load_weights
+from cluda_cli.inference.weights_file import TrainedNetwork, find_weights, load_weights
 
 OUTPUTS = ("train-id", "label-id", "color", "overlay", "confidence")
 OVERLAY = 0.5  # share of the class colour in an overlay
@@ -112,8 +112,7 @@ def find_newest_checkpoint(runs: Path) -> Path:
     weights = [path for name in ("best", "last") for path in runs.glob(f"*/{name}.safetensors")]
     if not weights:
         raise DataError("no run with weights", runs, "train one with `cluda train`, or name weights with --ckpt")
-    folder = max(weights, key=lambda path: path.stat().st_mtime).parent
-    return next(path for path in weights if path.parent == folder)  # best comes before last
+    return find_weights(max(weights, key=lambda path: path.stat().st_mtime).parent)
 
 
 def find_images(inputs: Sequence[str], out: Path) -> list[tuple[Path, Path]]:

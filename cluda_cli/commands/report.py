@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,15 +15,13 @@ from cluda_cli import console, presets
 from cluda_cli.commands.compare import (
     class_names,
     find_baseline,
-    format_gain,
-    format_p,
+    format_means,
     format_spread,
     saved_networks,
     spell,
     unequal_ends,
 )
 from cluda_cli.data.image_files import load_image
-from cluda_cli.errors import DataError
 from cluda_cli.files import write_text
 from cluda_cli.measure.chart import Line, draw_lines
 from cluda_cli.measure.comparison import (
@@ -65,7 +62,7 @@ def _collect(groups: Sequence[Group], base: Group) -> dict[str, Any]:
         "groups": [_describe(group) for group in groups],
         "warnings": unequal_ends(groups),
         "baseline": base.name,
-        "means": [_means(i, group, base) for i, group in enumerate(groups, 1)],
+        "means": [[f"{i}: {group.name}", *format_means(group, base)] for i, group in enumerate(groups, 1)],
         "classes": [_class_row(name, groups) for name in class_names(groups)],
         "charts": [_chart(title, lines) for title, lines in _all_lines(groups).items()],
         "pictures": [picture for run in runs if (picture := _picture(run))],
@@ -84,13 +81,6 @@ def _describe(group: Group) -> dict[str, Any]:
     }
 
 
-def _means(number: int, group: Group, base: Group) -> list[str]:
-    cells = [format_spread(group.last(name)) for name in NETWORKS] + [format_spread(group.best())]
-    gain = group.gain(base)
-    own = ["baseline", ""] if group is base else [format_gain(gain), format_p(gain.p_value)]
-    return [f"{number}: {group.name}", *cells, *own]
-
-
 def _class_row(name: str, groups: Sequence[Group]) -> dict[str, Any]:
     spreads = [group.iou(name) for group in groups]
     cells = [
@@ -106,7 +96,6 @@ def _all_lines(groups: Sequence[Group]) -> dict[str, list[Line]]:
     The runs of a group share a colour.
     """
     charts: dict[str, list[Line]] = {}
-    logs = {run.path: _read_log(run.path / "metrics.jsonl") for group in groups for run in group.runs}
     for color, group in enumerate(groups):
         for run in group.runs:
             for network in NETWORKS:
@@ -118,35 +107,15 @@ def _all_lines(groups: Sequence[Group]) -> dict[str, list[Line]]:
                 if points:
                     line = Line(f"{run.path.name}, {network}", points, color, dashed=network == "student")
                     charts.setdefault("mIoU, percent", []).append(line)
-    for title in dict.fromkeys(name for log in logs.values() for name in log):
+    titles = dict.fromkeys(title for group in groups for run in group.runs for title in run.curves)
+    for title in titles:
         charts[title] = [
-            Line(run.path.name, tuple(logs[run.path][title]), color)
+            Line(run.path.name, tuple(run.curves[title]), color)
             for color, group in enumerate(groups)
             for run in group.runs
-            if title in logs[run.path]
+            if title in run.curves
         ]
     return charts
-
-
-def _read_log(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """Title of a chart -> (step, value): every loss of metrics.jsonl, then the learning rate.
-
-    Raises DataError for a line that is damaged; a last line without its end is left out.
-    """
-    found: dict[str, list[tuple[float, float]]] = {}
-    rates: list[tuple[float, float]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
-        try:
-            content = json.loads(line)
-            if "terms" not in content:
-                continue
-            step = float(content["step"])
-            for name, value in content["terms"].items():
-                found.setdefault(f"loss {name}", []).append((step, math.nan if value is None else float(value)))
-            rates.append((step, float(content["lr"])))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise DataError(f"line {number} is damaged ({error})", path, "leave the run out") from error
-    return found | ({"learning rate of the encoder": rates} if rates else {})
 
 
 def _chart(title: str, lines: Sequence[Line]) -> dict[str, Any]:

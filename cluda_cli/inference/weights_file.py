@@ -111,7 +111,7 @@ def load_weights(path: Path, device: torch.device) -> TrainedNetwork:
     Raises DataError if the file is missing, damaged, or not one that `save_weights` wrote, and if a weight is not
     finite. Files of earlier versions have no checksum.
     """
-    path = _find_weights(path)
+    path = find_weights(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
@@ -156,8 +156,8 @@ def load_weights(path: Path, device: torch.device) -> TrainedNetwork:
     )
 
 
-def _find_weights(path: Path) -> Path:
-    """The file itself; of a folder, its best weights, or else its last."""
+def find_weights(path: Path) -> Path:
+    """The file itself; of the folder of a run, its best weights, or else its last. Raises DataError without any."""
     files = [path / f"{name}.safetensors" for name in ("best", "last")] if path.is_dir() else [path]
     for file in files:
         if file.is_file():

@@ -11,15 +11,18 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cluda_cli import presets
+from cluda_cli import presets, runs
 from cluda_cli.errors import DataError, first_line
 from cluda_cli.files import read_text
 from cluda_cli.settings import Settings
 
 NETWORKS = ("student", "teacher")
-SAME_RESULT = ("training.seed", "training.device", "data.root")
+SAME_RESULT = ("training.seed", *runs.NO_CHANGE)
 """Settings in which the runs of a group may differ."""
 
+RATE = "learning rate of the encoder"
+Curves = dict[str, list[tuple[float, float]]]
+"""Title -> (step, value): every loss, where NaN had nothing to measure, then the learning rate."""
 Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 
 
@@ -51,6 +54,7 @@ class ComparedRun:
     versions: Mapping[str, str]
     """Versions of libraries and the commit, by name."""
     validations: tuple[Validation, ...]
+    curves: Curves
 
     @property
     def seed(self) -> int:
@@ -137,7 +141,7 @@ class Group:
 
 
 def read_run(folder: Path) -> ComparedRun:
-    """Read settings, versions and validations of a run. A last line that a kill cut short is left out.
+    """Read settings, versions and metrics of a run. A last line that a kill cut short is left out.
 
     Raises DataError that names the file if it is missing or damaged, or if nothing was validated yet.
     """
@@ -145,25 +149,35 @@ def read_run(folder: Path) -> ComparedRun:
     if not file.is_file():
         raise DataError("holds no run (no settings.json)", folder, "name the folder of a run")
     settings = presets.load([str(file)])
-    validations = list(_read_validations(folder / "metrics.jsonl"))
+    validations, curves = _read_metrics(folder / "metrics.jsonl")
     if not validations:
         raise DataError("has no validation yet", folder, "validation needs a target with a labelled val split")
-    return ComparedRun(folder, settings, _read_versions(folder / "manifest.json"), tuple(validations))
+    return ComparedRun(folder, settings, _read_versions(folder / "manifest.json"), tuple(validations), curves)
 
 
-def _read_validations(path: Path) -> Iterable[Validation]:
+def _read_metrics(path: Path) -> tuple[list[Validation], Curves]:
+    """The validations, and the curves of losses and learning rate, of metrics.jsonl."""
     try:
-        lines = read_text(path).split("\n")[:-1]  # without a half line behind the last break
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # without a half line behind the last break
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot be read ({first_line(error)})", path) from error
+    validations: list[Validation] = []
+    losses: Curves = {}
+    rates: list[tuple[float, float]] = []
     for number, line in enumerate(lines, 1):
         try:
             content = json.loads(line)
             if "miou" in content:
-                yield _parse_validation(content)
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+                validations.append(_parse_validation(content))
+            if "terms" in content:
+                step = float(content["step"])
+                for name, value in content["terms"].items():
+                    losses.setdefault(f"loss {name}", []).append((step, math.nan if value is None else float(value)))
+                rates.append((step, float(content["lr"])))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else first_line(error)
             raise DataError(f"line {number} is damaged ({detail})", path, "leave the run out") from error
+    return validations, losses | ({RATE: rates} if rates else {})
 
 
 def _parse_validation(content: dict[str, Any]) -> Validation:
